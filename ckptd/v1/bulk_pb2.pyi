@@ -66,16 +66,20 @@ class RankSeal(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., image_bytes: _Optional[int] = ..., plan_hash: _Optional[bytes] = ..., cell_digests: _Optional[bytes] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("step", "stripe", "chunk", "first_cell")
+    __slots__ = ("step", "stripe", "chunk", "first_cell", "final", "chunk_bytes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STRIPE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     FIRST_CELL_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     stripe: int
     chunk: int
     first_cell: int
-    def __init__(self, step: _Optional[int] = ..., stripe: _Optional[int] = ..., chunk: _Optional[int] = ..., first_cell: _Optional[int] = ...) -> None: ...
+    final: bool
+    chunk_bytes: int
+    def __init__(self, step: _Optional[int] = ..., stripe: _Optional[int] = ..., chunk: _Optional[int] = ..., first_cell: _Optional[int] = ..., final: _Optional[bool] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ()

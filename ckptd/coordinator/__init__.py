@@ -1,0 +1,1 @@
+"""The coordinator: a pure state machine, its journal, and its gRPC shell."""

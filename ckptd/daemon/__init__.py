@@ -1,0 +1,1 @@
+"""One per node: serves the local trainers and the node's peers."""

@@ -1,0 +1,181 @@
+"""The memory of one job on one node: its arenas, what is held in them, what is being folded.
+
+Lives on the event loop alone.  It knows places and lifetimes; which step is due, and
+who may capture it, is the job's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from ckptd.errors import NotFound
+from ckptd.image.digest import CELL_BYTES
+from ckptd.memory import records
+from ckptd.memory.arena import Arena
+from ckptd.memory.fold import Fold
+from ckptd.memory.holding import Holding, Parity, free_slots, releasable
+
+# Parity belongs to no image plan; its arenas carry this in the plan's place.
+NO_PLAN = bytes(16)
+
+Key = tuple[int, int]
+
+
+class JobMemory:
+    """Arenas by (label, plan hash), holdings and folds by (generation, step)."""
+
+    def __init__(self, job: str, node: str, directory: Path) -> None:
+        self.directory = directory
+        self.arenas: dict[tuple[str, bytes], Arena] = {}
+        self.holdings: dict[Key, Holding] = {}
+        self.folds: dict[Key, Fold] = {}
+        # Set, and replaced, whenever slots may have become free.
+        self.freed = asyncio.Event()
+        self._job = job
+        self._node = node
+
+    def nbytes(self) -> tuple[int, int]:
+        """(bytes of the ranks' arenas, bytes of parity arenas)."""
+        parity = sum(arena.nbytes for (label, _), arena in self.arenas.items() if label.startswith("parity"))
+        return sum(arena.nbytes for arena in self.arenas.values()) - parity, parity
+
+    def rank_arena(self, rank: int, plan_hash: bytes) -> Arena | None:
+        """The arena of a rank's plan, if there is one."""
+        return self.arenas.get((rank_label(rank), plan_hash))
+
+    def make_rank_arena(self, rank: int, plan_hash: bytes, slots: int, image_bytes: int) -> Arena:
+        """A new arena for a rank's plan.
+
+        Raises:
+            NoSpace: the tmpfs is full.
+        """
+        label = rank_label(rank)
+        arena = Arena.create(self.directory, label, plan_hash, slots, image_bytes)
+        self.arenas[label, plan_hash] = arena
+        return arena
+
+    def free_slots(self, arena: Arena, taken: Iterable[int] = ()) -> list[int]:
+        """Slots of `arena` that hold nothing and are not `taken`, ascending."""
+        return free_slots(arena, self.holdings.values(), taken)
+
+    def holding_at(self, generation: int, step: int) -> Holding:
+        """The holding of that step.
+
+        Raises:
+            NotFound: this node holds no such step.
+        """
+        holding = self.holdings.get((generation, step))
+        if holding is None:
+            raise NotFound(
+                f"node {self._node} holds no step {step} of generation {generation} of job {self._job}"
+            )
+        return holding
+
+    def save(self, holding: Holding) -> None:
+        """Writes a holding's record, unless it was released meanwhile."""
+        if self.holdings.get(holding.key) is holding:
+            path = records.holding_path(self.directory, *holding.key)
+            records.write_record(path, holding.record(self._job))
+
+    def release(self, key: Key) -> None:
+        """Frees one holding: its record first, then its slots."""
+        holding = self.holdings.pop(key, None)
+        if holding is None:
+            return
+        records.holding_path(self.directory, *key).unlink(missing_ok=True)
+        fold = self.folds.pop(key, None)
+        if fold is not None:
+            fold.cancel()
+        holding.parity = None
+        self.freed.set()
+        self.freed = asyncio.Event()
+
+    def release_unneeded(self, generation: int, watermark: int | None, given_up: Iterable[int]) -> None:
+        """Frees every holding that the one rule allows to free."""
+        for key in releasable(self.holdings, generation, watermark, given_up):
+            self.release(key)
+
+    def void(self, generation: int, start_step: int) -> None:
+        """A new generation begins at `start_step`: what older ones did beyond it never was."""
+        for fold in self.folds.values():
+            fold.cancel()
+        self.folds.clear()
+        for key, holding in list(self.holdings.items()):
+            beyond = holding.generation < generation and holding.step > start_step
+            if beyond or not holding.rank_seals:
+                self.release(key)
+
+    def place_parity(self, holding: Holding, chunk_bytes: int, slots: int, start: Key) -> Parity | None:
+        """A free place for a holding's parity chunks, or None while there is none.
+
+        Args:
+            slots: steps whose parity may be kept at the same time.
+            start: the (generation, step) that the present generation started from.
+        """
+        free = self._free_parity_slots(slots)
+        if not free and self._evict_parity(holding.generation, start):
+            free = self._free_parity_slots(slots)
+        if not free:
+            return None
+        arena = self._parity_arena(free[0], chunk_bytes * holding.parity_count)
+        view = arena.slot(0)
+        chunks = [view[p * chunk_bytes : (p + 1) * chunk_bytes] for p in range(holding.parity_count)]
+        return Parity(free[0], chunk_bytes, chunks)
+
+    def drop_unused(self, ranks: Collection[int], plans: dict[int, bytes]) -> None:
+        """Frees arenas that hold nothing and belong to no rank here, or to a plan that was replaced.
+
+        Args:
+            ranks: ranks of this node in the newest roster.
+            plans: the plan in use of each living rank.
+        """
+        held = {id(place.arena) for h in self.holdings.values() for place in h.places.values()}
+        for (label, plan_hash), arena in list(self.arenas.items()):
+            if label.startswith("parity") or id(arena) in held:
+                continue
+            rank = int(label.removeprefix("rank-"))
+            if rank not in ranks or plans.get(rank, plan_hash) != plan_hash:
+                self.arenas.pop((label, plan_hash)).discard()
+
+    def discard(self) -> None:
+        """Frees everything; records first, so that nothing half-freed is adopted."""
+        for key in list(self.holdings):
+            self.release(key)
+        for arena in self.arenas.values():
+            arena.discard()
+        self.arenas.clear()
+
+    def _free_parity_slots(self, slots: int) -> list[int]:
+        used = {h.parity.slot for h in self.holdings.values() if h.parity is not None}
+        return [slot for slot in range(slots) if slot not in used]
+
+    def _evict_parity(self, generation: int, start: Key) -> bool:
+        """Drops parity of an older generation; returns whether there was any.
+
+        Parity of a step that was never folded protects nothing certain and goes first;
+        the step that this generation started from goes last.
+        """
+        older = [h for h in self.holdings.values() if h.generation < generation and h.parity is not None]
+        if not older:
+            return False
+        holding = min(older, key=lambda h: (h.folded, h.key == start, h.step))
+        holding.parity, holding.folded = None, False
+        self.save(holding)
+        return True
+
+    def _parity_arena(self, slot: int, nbytes: int) -> Arena:
+        key = (f"parity-{slot:05d}", NO_PLAN)
+        arena = self.arenas.get(key)
+        if arena is None or arena.slot_bytes < nbytes:
+            if arena is not None:
+                arena.discard()
+            arena = Arena.create(self.directory, key[0], NO_PLAN, 1, max(nbytes, CELL_BYTES))
+            self.arenas[key] = arena
+        return arena
+
+
+def rank_label(rank: int) -> str:
+    """How a rank's arenas are labelled."""
+    return f"rank-{rank:05d}"

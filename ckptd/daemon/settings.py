@@ -1,0 +1,80 @@
+"""The daemon's settings: defaults < file < CKPTD_* environment < flags."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ckptd.errors import InvalidRequest
+from ckptd.image.names import check_name
+
+
+def host_of(address: str) -> str:
+    """The host of host:port."""
+    return address.rpartition(":")[0].strip("[]")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether host:port names this machine only."""
+    host = host_of(address)
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+class DaemonSettings(BaseSettings):
+    """One node's daemon.  Every field is also CKPTD_<NAME> in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="CKPTD_", extra="ignore")
+
+    node: str = Field(default_factory=lambda: socket.gethostname().split(".")[0])
+    # Failure domain (rack, switch, power supply); empty: the node is its own.
+    domain: str = ""
+    listen: str = "127.0.0.1:0"
+    bulk: str = "127.0.0.1:0"
+    socket: Path = Path("/run/ckptd/ckptd.sock")
+    memory_dir: Path = Path("/dev/shm/ckptd")
+    # 0: nine tenths of what the tmpfs has free when the daemon starts.
+    memory_limit_bytes: int = Field(default=0, ge=0)
+    # host:port; empty: this daemon serves one node alone.
+    coordinator: str = ""
+    embedded: bool = False
+    # An embedded daemon with no trainer ends after this time.
+    idle_s: float = Field(default=3600.0, gt=0)
+    # A finished or abandoned job's memory is freed after this time.
+    park_s: float = Field(default=24 * 3600.0, gt=0)
+    heartbeat_s: float = Field(default=0.1, gt=0)
+    bulk_timeout_s: float = Field(default=10.0, gt=0)
+    # How long a trainer may wait for a dying one of the same rank.
+    rank_handover_s: float = Field(default=5.0, ge=0)
+    stop_grace_s: float = Field(default=0.5, ge=0)
+    # Niceness of the threads that move and code bulk bytes: protection yields to training.
+    bulk_nice: int = Field(default=5, ge=0, le=19)
+    # Listen beyond loopback without TLS; the name says what that is.
+    insecure: bool = False
+
+    @field_validator("node")
+    @classmethod
+    def _node_is_a_name(cls, value: str) -> str:
+        return check_name("node", value)
+
+    @model_validator(mode="after")
+    def _listens_safely(self) -> DaemonSettings:
+        for flag, address in (("--listen", self.listen), ("--bulk", self.bulk)):
+            if not self.insecure and not is_loopback(address):
+                raise InvalidRequest(
+                    f"{flag} {address} is reachable from other machines",
+                    "there is no TLS yet, and whoever reaches it can read and change the job's state",
+                    "use a loopback address, or --insecure on a network that you trust",
+                )
+        return self
+
+    def limit_bytes(self) -> int:
+        """The memory this daemon may take, in bytes."""
+        if self.memory_limit_bytes:
+            return self.memory_limit_bytes
+        stat = os.statvfs(self.memory_dir)
+        used = sum(path.stat().st_size for path in self.memory_dir.rglob("*.arena"))
+        return (stat.f_bavail * stat.f_frsize + used) * 9 // 10

@@ -1,0 +1,162 @@
+"""Bringing the images that a generation starts from to this node, and verifying them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from ckptd.daemon.job import Job
+from ckptd.daemon.protection import Protection
+from ckptd.daemon.settings import DaemonSettings
+from ckptd.errors import CkptdError, CorruptImage, NotFound
+from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
+from ckptd.memory.holding import Holding, Place, node_digests
+from ckptd.memory.rebuild import Rebuild
+from ckptd.v1 import bulk_pb2, common_pb2, coordinator_pb2
+
+log = logging.getLogger("ckptd.transfer")
+
+State = coordinator_pb2.Transfer
+
+
+class Transfers:
+    """Carries out one transfer order per job; a newer generation makes the older one moot."""
+
+    def __init__(
+        self,
+        settings: DaemonSettings,
+        protection: Protection,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._settings = settings
+        self._protection = protection
+        self._pool = pool
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def order(self, job: Job, order: coordinator_pb2.TransferOrder) -> None:
+        """Begins an order of the job's newest generation unless it was begun before."""
+        if order.generation != job.generation or job.transfer.state != State.STATE_UNSPECIFIED:
+            return
+        job.transfer.state = State.RUNNING
+        self._tasks[job.name] = asyncio.create_task(self._run(job, order))
+
+    async def _run(self, job: Job, order: coordinator_pb2.TransferOrder) -> None:
+        began = time.monotonic()
+        outcome = coordinator_pb2.Transfer(generation=order.generation, state=State.VERIFIED, rung="none")
+        try:
+            if job.roster.start.step:
+                outcome.rung, outcome.bytes = await self._bring(job, order)
+        except CkptdError as error:
+            log.error("job %s: cannot start from step %d: %s", job.name, job.roster.start.step, error)
+            outcome.state, outcome.reason = State.FAILED, str(error)
+        outcome.seconds = time.monotonic() - began
+        if job.generation != order.generation:
+            return
+        job.transfer.CopyFrom(outcome)
+        if outcome.state == State.VERIFIED:
+            holding = job.reseal_start()
+            if holding is not None:
+                self._protection.sealed(job, holding)
+        job.changed()
+
+    async def _bring(self, job: Job, order: coordinator_pb2.TransferOrder) -> tuple[str, int]:
+        """Makes every image of the start step present and verified; returns (rung, bytes moved)."""
+        start = job.roster.start
+        if not order.positions:
+            await self._verify(job, start)
+            return "own-memory", 0
+        moved = 0
+        for position in order.positions:
+            moved += await self._rebuild(job, order, position)
+        mirrored = len(order.group) == order.parity + 1
+        return ("replica" if mirrored else "parity"), moved
+
+    async def _verify(self, job: Job, start: common_pb2.Snapshot) -> None:
+        """Compares every cell of this node's images with its digest; what is wrong is unsealed."""
+        holding = job.memory.holding_at(start.generation, start.step)
+        if not holding.sealed:
+            raise NotFound(f"step {start.step} is not sealed on node {job.node}")
+        loop = asyncio.get_running_loop()
+        for rank in holding.ranks:
+            image, digests = holding.places[rank].image, holding.rank_seals[rank].cell_digests
+            wrong = await loop.run_in_executor(self._pool, mismatches, image, digests)
+            if wrong:
+                del holding.rank_seals[rank]
+                del holding.seals[holding.position]
+                job.memory.save(holding)
+                raise CorruptImage(
+                    f"rank {rank}'s image of step {start.step} is damaged on node {job.node}",
+                    f"{len(wrong)} of {len(digests) // DIGEST_BYTES} cells differ, first cell {wrong[0]}",
+                )
+
+    async def _rebuild(self, job: Job, order: coordinator_pb2.TransferOrder, position: str) -> int:
+        start = job.roster.start
+        rebuild = Rebuild(
+            header=common_pb2.Header(
+                job=job.name,
+                generation=job.generation,
+                timeout_ms=int(self._settings.bulk_timeout_s * 1000),
+            ),
+            sender=job.node,
+            snapshot=(start.generation, start.step),
+            position=position,
+            group=list(order.group),
+            parity=order.parity,
+            sources={source.position: source.bulk_address for source in order.sources},
+            timeout_s=self._settings.bulk_timeout_s,
+        )
+        loop = asyncio.get_running_loop()
+        seal = await loop.run_in_executor(self._pool, rebuild.fetch_seals)
+        holding = self._place(job, order, seal, rebuild.seals)
+
+        def sink(first_cell: int, cells: memoryview) -> None:
+            for view in holding.data_cells(first_cell, len(cells) // CELL_BYTES):
+                view[:] = cells[: len(view)]
+                cells = cells[len(view) :]
+
+        await loop.run_in_executor(self._pool, rebuild.run, sink)
+        views = holding.data_cells(0, len(node_digests(seal)) // DIGEST_BYTES)
+        image = b"".join(rank.cell_digests for rank in seal.ranks)
+        if await loop.run_in_executor(self._pool, _differs, views, image):
+            raise CorruptImage(f"the rebuilt image of {position} does not match its digests")
+        if job.generation != order.generation:
+            return rebuild.received_bytes
+        for rank in seal.ranks:
+            holding.rank_seals[rank.rank] = rank
+        holding.seals = dict(rebuild.seals)
+        job.memory.holdings[holding.key] = holding
+        job.memory.save(holding)
+        return rebuild.received_bytes
+
+    def _place(
+        self,
+        job: Job,
+        order: coordinator_pb2.TransferOrder,
+        seal: bulk_pb2.SealRecord,
+        seals: dict[str, bulk_pb2.SealRecord],
+    ) -> Holding:
+        """A holding with a slot for every rank of the lost node, not yet entered into the job."""
+        start = job.roster.start
+        ranks = tuple(rank.rank for rank in seal.ranks)
+        job.memory.release((start.generation, start.step))
+        holding = Holding(start.generation, start.step, tuple(order.group), seal.node, order.parity, ranks)
+        for rank in seal.ranks:
+            arena = job.memory.rank_arena(rank.rank, rank.plan_hash)
+            if arena is None:
+                job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
+                arena = job.memory.make_rank_arena(rank.rank, rank.plan_hash, job.slots, rank.image_bytes)
+            free = job.memory.free_slots(arena)
+            holding.places[rank.rank] = Place(arena, free[0], rank.image_bytes)
+        return holding
+
+
+def _differs(views: list[memoryview], digests: bytes) -> bool:
+    at = 0
+    for view in views:
+        count = len(view) // CELL_BYTES * DIGEST_BYTES
+        if mismatches(view, digests[at : at + count]):
+            return True
+        at += count
+    return at != len(digests)

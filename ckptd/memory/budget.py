@@ -1,0 +1,49 @@
+"""The memory sum of a job on one node, known before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckptd.errors import NoSpace
+from ckptd.memory.arena import padded
+
+TRANSFER_BYTES = 16 << 20  # receive and send buffers of the bulk plane, per job
+
+
+def needed_bytes(image_bytes: int, ranks: int, slots: int, nodes: int, parity: int) -> int:
+    """Bytes that a job takes on this node.
+
+    Images times (slots x (1 + m/(n-m))), plus transfer buffers (design, section 4).
+
+    Args:
+        image_bytes: of one rank.
+        ranks: on this node.
+        slots: per rank.
+        nodes: in the erasure group.
+        parity: m; a group of fewer than m + 1 nodes holds no parity.
+    """
+    images = padded(image_bytes) * ranks * slots
+    chunks = nodes - parity
+    parity_bytes = -(-images * parity // chunks) if parity and chunks > 0 else 0
+    return images + parity_bytes + TRANSFER_BYTES
+
+
+def check(job: str, needed: int, limit: int, held: Mapping[str, int]) -> int:
+    """Returns the bytes available to `job`.
+
+    Raises:
+        NoSpace: with the numbers and who holds what.
+    """
+    others = {name: nbytes for name, nbytes in held.items() if name != job and nbytes}
+    available = limit - sum(others.values())
+    if needed <= available:
+        return available
+    holders = (
+        ", ".join(f"{name} holds {nbytes:,}" for name, nbytes in sorted(others.items()))
+        or "nobody else holds any"
+    )
+    raise NoSpace(
+        f"job {job} needs {needed:,} bytes of memory on this node",
+        f"{available:,} of {limit:,} bytes are free ({holders})",
+        "free a parked job with 'ckptd forget JOB', use fewer slots, or raise --memory-limit-bytes",
+    )

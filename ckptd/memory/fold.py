@@ -1,0 +1,110 @@
+"""Folding: a node's parity of one step, accumulated from its group's data chunks.
+
+Parity is never changed in place: a fold starts from zeros in a slot of its own,
+takes every cell once, and counts only when all contributions are in and its
+digests are known.  A fold that is cancelled leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from ckptd.erasure import Code
+from ckptd.erasure.stripe import Geometry
+from ckptd.image.digest import CELL_BYTES, cell_digests
+
+_ZEROS = bytes(CELL_BYTES)
+
+
+class Fold:
+    """Accumulates this node's parity chunks; safe to feed from one thread per sender.
+
+    Args:
+        geometry: of the group.
+        node: this node's index in the group.
+        chunks: m writable buffers of `chunk_bytes`; they are zeroed by the first thread that adds.
+    """
+
+    def __init__(self, geometry: Geometry, node: int, chunks: Sequence[memoryview]) -> None:
+        self._geometry = geometry
+        self._code = Code(geometry.data_chunks, geometry.parity)
+        self._chunks = list(chunks)
+        # Parity p lies here for exactly one stripe; several senders feed it.
+        self._index_of = {geometry.parity_stripe(node, p): p for p in range(geometry.parity)}
+        self._locks = [threading.Lock() for _ in chunks]
+        # Invariant: a contribution is in `_done` only when all its cells are folded.
+        self._done: set[tuple[int, int]] = set()
+        self._expected = {
+            (stripe, geometry.data_source(stripe, symbol)[0])
+            for stripe in self._index_of
+            for symbol in range(geometry.data_chunks)
+        }
+        self._next_cell: dict[tuple[int, int], int] = {}
+        self._cancelled = False
+        # Zeroing a large chunk takes a while, so it is left to the bulk threads.
+        self._zeroed = [False] * len(self._chunks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every contribution has been folded."""
+        return self._done == self._expected
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """(stripe, node) of contributions that are still awaited."""
+        return sorted(self._expected - self._done)
+
+    def add(self, stripe: int, node: int, chunk: int, first_cell: int, cells: memoryview) -> None:
+        """Folds verified cells of `node`'s `chunk`, in order, each exactly once.
+
+        Raises:
+            ValueError: not a contribution that this node awaits, or out of order.
+        """
+        key = (stripe, node)
+        if first_cell + len(cells) // CELL_BYTES <= self._next_cell.get(key, 0):
+            return  # sent again after a broken connection
+        p = self._index_of.get(stripe)
+        if p is None or key not in self._expected or self._geometry.stripe_of(node, chunk) != stripe:
+            raise ValueError(f"stripe {stripe} chunk {chunk} of node {node} is not awaited here")
+        offset = first_cell * CELL_BYTES
+        if key in self._done or first_cell != self._next_cell.get(key, 0):
+            raise ValueError(
+                f"cell {first_cell} of {key} comes out of turn, expected {self._next_cell.get(key, 0)}"
+            )
+        if offset + len(cells) > len(self._chunks[p]):
+            raise ValueError(f"cells up to byte {offset + len(cells)} in a chunk of {len(self._chunks[p])}")
+        symbol = self._geometry.symbol_on(node, stripe)
+        with self._locks[p]:
+            if self._cancelled:
+                raise ValueError("this fold was given up")
+            self._zero(p)
+            self._code.update_one(symbol, p, cells, self._chunks[p][offset : offset + len(cells)])
+        self._next_cell[key] = first_cell + len(cells) // CELL_BYTES
+
+    def finish(self, stripe: int, node: int) -> bool:
+        """Ticks a contribution off; returns whether the fold is complete now."""
+        self._done.add((stripe, node))
+        return self.complete
+
+    def digests(self) -> list[bytes]:
+        """Cell digests of each finished chunk."""
+        assert self.complete
+        for p, lock in enumerate(self._locks):
+            with lock:
+                self._zero(p)
+        return [cell_digests(chunk) for chunk in self._chunks]
+
+    def _zero(self, p: int) -> None:
+        if not self._zeroed[p]:
+            chunk = self._chunks[p]
+            for start in range(0, len(chunk), CELL_BYTES):
+                chunk[start : start + CELL_BYTES] = _ZEROS[: len(chunk) - start]
+            self._zeroed[p] = True
+
+    def cancel(self) -> None:
+        """No cell is folded after this returns, so the slot may be given to another step."""
+        self._cancelled = True
+        for lock in self._locks:
+            with lock:
+                pass

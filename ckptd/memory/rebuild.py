@@ -1,0 +1,222 @@
+"""Rebuilding a lost node's image from the living members of its group.
+
+A wrong cell is an erased cell: what does not match its digest is left out, and
+another symbol takes its place as long as there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from ckptd.erasure import Code
+from ckptd.erasure.stripe import Geometry
+from ckptd.errors import CkptdError, CorruptImage, NotEnoughCells
+from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
+from ckptd.memory.bulk import BLOCK_CELLS, Connection
+from ckptd.memory.holding import node_bytes, node_digests, seal_fault
+from ckptd.v1 import bulk_pb2, common_pb2
+
+log = logging.getLogger("ckptd.rebuild")
+
+ZERO_DIGEST = cell_digests(bytes(CELL_BYTES))
+# Writes whole cells at a cell index of the rebuilt node image.
+Sink = Callable[[int, memoryview], None]
+
+
+@dataclass
+class Rebuild:
+    """One lost position of one snapshot.
+
+    Args:
+        header: of every request: job, generation (the present one), deadline.
+        sender: this node's name.
+        snapshot: the (generation, step) to rebuild.
+        group: members of the old group in order; `parity` of it.
+        sources: bulk address of whoever stands for a position now.
+    """
+
+    header: common_pb2.Header
+    sender: str
+    snapshot: tuple[int, int]
+    position: str
+    group: Sequence[str]
+    parity: int
+    sources: Mapping[str, str]
+    timeout_s: float
+    seals: dict[str, bulk_pb2.SealRecord] = field(default_factory=dict)
+    received_bytes: int = 0
+
+    def fetch_seals(self) -> bulk_pb2.SealRecord:
+        """Collects the seal records of the whole group; returns that of the lost position.
+
+        Raises:
+            NotEnoughCells: some record is nowhere to be had.
+        """
+        for holder, address in self.sources.items():
+            wanted = [member for member in self.group if member not in self.seals]
+            if not wanted:
+                break
+            try:
+                connection = Connection.open(address, self.timeout_s)
+            except CkptdError as error:
+                log.warning("node %s (%s) gives no seal records: %s", holder, address, error)
+                continue
+            try:
+                for member in wanted:
+                    self._fetch_seal(connection, member)
+            except CkptdError as error:
+                log.info("seal records from %s: %s", holder, error)
+            finally:
+                connection.close()
+        missing = [member for member in self.group if member not in self.seals]
+        if missing:
+            raise NotEnoughCells(
+                f"step {self.snapshot[1]} of node {self.position} cannot be rebuilt",
+                f"nobody of {', '.join(self.sources)} holds the seal records of {', '.join(missing)}",
+            )
+        return self.seals[self.position]
+
+    def run(self, sink: Sink) -> None:
+        """Rebuilds every cell and hands it, verified, to `sink` (called from several threads).
+
+        Raises:
+            NotEnoughCells: with how many symbols were needed and found.
+        """
+        geometry = Geometry(len(self.group), self.parity)
+        chunks = range(geometry.data_chunks)
+        with ThreadPoolExecutor(len(chunks), thread_name_prefix="rebuild") as pool:
+            for job in [pool.submit(self._chunk, geometry, chunk, sink) for chunk in chunks]:
+                job.result()
+
+    def _fetch_seal(self, connection: Connection, member: str) -> None:
+        answer = connection.request(self._request(position=member, seal_record=True))
+        text = bytearray(answer.payload_bytes)
+        connection.receive_into(memoryview(text))
+        seal = bulk_pb2.SealRecord.FromString(bytes(text))
+        fault = seal_fault(seal, self.header.job, *self.snapshot, member)
+        if fault is not None:
+            raise CorruptImage(f"the seal record of {member} is wrong", fault)
+        self.seals[member] = seal
+
+    def _request(self, **fields: object) -> bulk_pb2.BulkHeader:
+        generation, step = self.snapshot
+        fetch = bulk_pb2.Fetch(snapshot_generation=generation, step=step, **fields)  # type: ignore[arg-type]
+        return bulk_pb2.BulkHeader(header=self.header, sender=self.sender, fetch=fetch)
+
+    def _chunk(self, geometry: Geometry, chunk: int, sink: Sink) -> None:
+        lost = self.group.index(self.position)
+        chunk_bytes = geometry.chunk_bytes(max(node_bytes(seal) for seal in self.seals.values()))
+        first_of_chunk = chunk * chunk_bytes // CELL_BYTES
+        total = node_bytes(self.seals[self.position]) // CELL_BYTES
+        count = min(chunk_bytes // CELL_BYTES, total - first_of_chunk)
+        stripe = _Stripe(self, geometry, geometry.stripe_of(lost, chunk), chunk_bytes)
+        digests = node_digests(self.seals[self.position])
+        try:
+            for first in range(0, count, BLOCK_CELLS):
+                cells = min(BLOCK_CELLS, count - first)
+                at = first_of_chunk + first
+                expected = digests[at * DIGEST_BYTES : (at + cells) * DIGEST_BYTES]
+                sink(at, stripe.decode(geometry.symbol_on(lost, stripe.index), first, cells, expected))
+        finally:
+            stripe.close()
+
+
+class _Stripe:
+    """The symbols of one stripe that can be had, and their connections."""
+
+    def __init__(self, rebuild: Rebuild, geometry: Geometry, index: int, chunk_bytes: int) -> None:
+        self.index = index
+        self._rebuild = rebuild
+        self._geometry = geometry
+        self._chunk_bytes = chunk_bytes
+        self._code = Code(geometry.data_chunks, geometry.parity)
+        lost = rebuild.group.index(rebuild.position)
+        # Positions by symbol: data first, since a data symbol costs no arithmetic.
+        holders = {
+            geometry.symbol_on(rebuild.group.index(position), index): position
+            for position in rebuild.sources
+            if rebuild.group.index(position) != lost
+        }
+        self._holders = dict(sorted(holders.items()))
+        self._connections: dict[int, Connection] = {}
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+    def decode(self, lost: int, first: int, cells: int, expected: bytes) -> memoryview:
+        """The verified cells first.. of the symbol `lost` of this stripe."""
+        needed = self._geometry.data_chunks
+        present: dict[int, memoryview] = {}
+        tried: set[frozenset[int]] = set()
+        for symbol in list(self._holders):
+            part = self._fetch(symbol, first, cells)
+            if part is None:
+                continue
+            present[symbol] = part
+            for chosen in itertools.combinations(present, needed):
+                if frozenset(chosen) in tried:
+                    continue
+                tried.add(frozenset(chosen))
+                out = memoryview(bytearray(cells * CELL_BYTES))
+                self._code.decode({s: present[s] for s in chosen}, {lost: out})
+                if not mismatches(out, expected):
+                    return out
+                log.warning("stripe %d: symbols %s do not give the sealed bytes", self.index, chosen)
+        raise NotEnoughCells(
+            f"stripe {self.index} of step {self._rebuild.snapshot[1]} cannot be decoded",
+            f"{needed} good symbols needed, {len(present)} found among"
+            f" {', '.join(self._holders.values()) or 'nobody'}",
+        )
+
+    def _fetch(self, symbol: int, first: int, cells: int) -> memoryview | None:
+        """Verified cells of one symbol, or None (noted and not asked again) where they cannot be had."""
+        rebuild, position = self._rebuild, self._holders[symbol]
+        node = rebuild.group.index(position)
+        parity = symbol >= self._geometry.data_chunks
+        index = symbol - self._geometry.data_chunks if parity else self._chunk_of(node)
+        buffer = memoryview(bytearray(cells * CELL_BYTES))
+        try:
+            if symbol not in self._connections:
+                self._connections[symbol] = Connection.open(rebuild.sources[position], rebuild.timeout_s)
+            connection = self._connections[symbol]
+            request = rebuild._request(
+                position=position,
+                parity=parity,
+                index=index,
+                first_cell=first,
+                cells=cells,
+                chunk_bytes=self._chunk_bytes,
+            )
+            answer = connection.request(request)
+            if answer.payload_bytes != len(buffer):
+                raise CorruptImage(
+                    "cells of another length", f"{answer.payload_bytes} for {len(buffer)} bytes"
+                )
+            connection.receive_into(buffer)
+            rebuild.received_bytes += len(buffer)
+            digests = answer.cells.digests if parity else self._data_digests(position, index, first, cells)
+            if mismatches(buffer, digests):
+                raise CorruptImage(f"node {position} sent cells that do not match their digests")
+        except (CkptdError, ValueError) as error:
+            log.warning("symbol %d of stripe %d from %s: %s", symbol, self.index, position, error)
+            del self._holders[symbol]
+            if symbol in self._connections:
+                self._connections.pop(symbol).close()
+            return None
+        return buffer
+
+    def _chunk_of(self, node: int) -> int:
+        chunks = range(self._geometry.data_chunks)
+        return next(c for c in chunks if self._geometry.stripe_of(node, c) == self.index)
+
+    def _data_digests(self, position: str, chunk: int, first: int, cells: int) -> bytes:
+        """Digests of a data symbol's cells; beyond the node's image they are those of zeros."""
+        digests = node_digests(self._rebuild.seals[position])
+        start = chunk * self._chunk_bytes // CELL_BYTES + first
+        known = digests[start * DIGEST_BYTES : (start + cells) * DIGEST_BYTES]
+        return known + ZERO_DIGEST * (cells - len(known) // DIGEST_BYTES)
