@@ -120,6 +120,41 @@ def coordinator(
     asyncio.run(serve(_settings(CoordinatorSettings, flags)))
 
 
+@app.command(epilog="Example: ckptd demo --kill two-nodes --json")
+def demo(
+    kill: Annotated[
+        str, typer.Option(help="none, rank, node, node-silent, two-nodes, daemon or coordinator.")
+    ] = "node",
+    nodes: Annotated[int, typer.Option(help="Nodes that train.")] = 4,
+    spares: Annotated[int | None, typer.Option(help="Nodes that stand by; 1, or 2 for two-nodes.")] = None,
+    parity: Annotated[int | None, typer.Option(help="Nodes that may vanish; 1, or 2 for two-nodes.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 50,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides what is struck, and when; random by default.")
+    ] = None,
+    control_cache: Annotated[
+        Path | None, typer.Option(help="Keep the control's result here and use it again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a GPT on four nodes, kill something without warning, and compare with an untouched run."""
+    from ckptd.demo import DemoOptions, run
+
+    options = DemoOptions(
+        kill=kill,
+        nodes=nodes,
+        spares=spares,
+        parity=parity,
+        steps=steps,
+        seed=seed,
+        json=as_json,
+        control_cache=control_cache,
+    )
+    result = run(options)
+    typer.echo(result.to_json() if as_json else result.text())
+    raise typer.Exit(result.exit_code)
+
+
 @app.command(epilog="Example: ckptd status --json")
 def status(
     address: Annotated[
@@ -163,13 +198,10 @@ def _settings(kind: Any, flags: dict[str, Any]) -> Any:
 def main() -> None:
     """The entry point of `ckptd`."""
     try:
-        app(standalone_mode=False)
+        app()
     except CkptdError as error:
         typer.echo(f"ckptd: {error}", err=True)
         raise SystemExit(error.exit_code) from error
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("ckptd: interrupted", err=True)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

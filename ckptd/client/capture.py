@@ -59,7 +59,9 @@ class Capture:
     def __init__(
         self, origin: Origin, copier: Copier, done: Callable[[Snapshot], None], *, audit: int, eager: bool
     ) -> None:
-        self.moved: set[str] = set()  # tensors ever caught moving: volatile from then on
+        # Tensors ever caught moving: volatile from then on.  Replaced, never changed in place,
+        # since both threads look at it.
+        self.moved: frozenset[str] = frozenset()
         self.copied_bytes = 0
         self.snapshots = 0
         self.audits = 0
@@ -73,6 +75,7 @@ class Capture:
         self._survey: Survey | None = None
         self._arena: Arena | None = None
         self._current: Snapshot | None = None
+        self._classified_with = self.moved
         self._volatile: list[str] = []
         self._quiescent: dict[frozenset[int], list[str]] = {}
 
@@ -107,6 +110,8 @@ class Capture:
         """
         survey, arena = self._survey, self._arena
         assert survey is not None and arena is not None
+        if self._classified_with is not self.moved:
+            self._classify()
         image = arena.image(slot)
         origin = self._origin
         variable = Variable(origin.job, generation, step, origin.rank, origin.world_size, tree.encoded)
@@ -155,11 +160,13 @@ class Capture:
         for group in groups:
             snapshot.fence(group)
         if waited and not snapshot.awaits_audit:
+            self._note_moved(snapshot)
             self._copier.poke()
 
     def _classify(self) -> None:
         assert self._survey is not None
         self._volatile, self._quiescent = [], {}
+        self._classified_with = self.moved
         for name, entry in self._survey.entries.items():
             if entry.quiescent and name not in self.moved:
                 self._quiescent.setdefault(frozenset(entry.owners), []).append(name)
@@ -204,7 +211,7 @@ class Capture:
             # A fence must never wait for a copy that will not come.
             for group in snapshot.groups:
                 group.copied.set()
-        polled = bool(snapshot.volatile_done or cuts)
+        polled = bool(snapshot.volatile_done or cuts or snapshot.loss.on_device)
         self._copier.finish_later(lambda: self._attempt_to_finish(snapshot), polled=polled)
 
     def _copy_group(self, group: Group) -> None:
@@ -221,14 +228,15 @@ class Capture:
     def _attempt_to_finish(self, snapshot: Snapshot) -> bool:
         if not snapshot.attempt_to_finish():
             return False
-        for name in snapshot.moved:
-            log.warning("%s changed between the cut and its fence: it is copied at the cut from now on", name)
+        self._note_moved(snapshot)
         self._done(snapshot)
         snapshot.finished.set()
         return True
 
-    def absorb_moved(self, names: list[str]) -> None:
+    def _note_moved(self, snapshot: Snapshot) -> None:
         """Makes tensors volatile that an audit found moving; takes effect at the next cut."""
-        self.moved.update(names)
-        if self._survey is not None:
-            self._classify()
+        new = set(snapshot.moved) - self.moved
+        for name in sorted(new):
+            log.warning("%s changed between the cut and its fence: it is copied at the cut from now on", name)
+        if new:
+            self.moved = self.moved | new

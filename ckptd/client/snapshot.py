@@ -17,10 +17,15 @@ log = logging.getLogger("ckptd")
 CopyFunction = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 
 
+# Devices whose copies can be ordered behind what runs on them; all others are waited for.
+ORDERED_DEVICES = frozenset({"cpu", "cuda"})
+
+
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copies tensors pairwise; from a CUDA device into pinned memory without waiting for it."""
     if targets:
-        torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+        ordered = all(source.device.type in ORDERED_DEVICES for source in sources)
+        torch._foreach_copy_(list(targets), list(sources), non_blocking=ordered)
 
 
 class PendingLoss:
@@ -41,6 +46,10 @@ class PendingLoss:
                 return
             loss = float(loss)
         self._host = torch.tensor(0.0 if loss is None else float(loss), dtype=torch.float64)
+
+    @property
+    def on_device(self) -> bool:
+        return self._event is not None
 
     def judge(self) -> bool | None:
         """Returns whether the loss is finite, or None while it is not here."""
@@ -107,7 +116,7 @@ class Snapshot:
         self.not_finite = False
         self.moved: list[str] = []
         self.finished = threading.Event()
-        self._verdicts: list[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = []
+        self._verdicts: list[tuple[list[str], torch.Tensor, torch.cuda.Event]] = []
         self._unaudited = 0
 
     def add(self, group: Group) -> None:
@@ -131,15 +140,15 @@ class Snapshot:
         if self._unaudited > 0:
             return False
         events = [*self.volatile_done, *(event for group in self.groups for event in group.device_done.values())]
-        events += [event for _, _, event in self._verdicts if event is not None]
+        events += [event for _, _, event in self._verdicts]
         if not all(event.query() for event in events):
             return False
         finite = self.loss.judge()
         if finite is None:
             return False
         self.not_finite = not finite
-        for names, same, _ in self._verdicts:
-            self.moved += [name for name, kept in zip(names, same.tolist(), strict=True) if not kept]
+        while self._verdicts:
+            self._judge(*self._verdicts.pop()[:2])
         if self.not_finite:
             self.void = "the loss is not finite"
         elif self.moved and not self.void:
@@ -153,10 +162,15 @@ class Snapshot:
             by_device.setdefault(source.device, []).append(index)
         for device, indices in by_device.items():
             same = torch.stack([same_bytes(group.targets[i], group.sources[i]) for i in indices])
-            event = None
-            if device.type == "cuda":
-                host = torch.empty(same.shape, dtype=torch.bool, pin_memory=True)
-                same = host.copy_(same, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(device))
-            self._verdicts.append(([group.names[i] for i in indices], same, event))
+            names = [group.names[i] for i in indices]
+            if device.type != "cuda":
+                self._judge(names, same)
+                continue
+            host = torch.empty(same.shape, dtype=torch.bool, pin_memory=True)
+            host.copy_(same, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._verdicts.append((names, host, event))
+
+    def _judge(self, names: list[str], same: torch.Tensor) -> None:
+        self.moved += [name for name, kept in zip(names, same.tolist(), strict=True) if not kept]

@@ -29,13 +29,12 @@ from ckptd.client.attached import (
     tensors_of,
 )
 from ckptd.client.random_state import capture_random
+from ckptd.client.snapshot import ORDERED_DEVICES
 from ckptd.client.tensors import Form, StorageKey, form_of, is_tensor, local_of, plain, storage_key
 from ckptd.errors import InvalidRequest
 from ckptd.image import TensorRef, encode
 
 FORMAT = 1
-# Devices whose copies can be ordered behind what runs on them; all others are copied at the cut.
-_ORDERED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 @dataclass(slots=True)
@@ -145,7 +144,7 @@ class Survey:
         if form is not None:
             self.forms[name] = form
         local = plain(name, tensor, meta=self._tentative)
-        quiescent = quiescent and local.device.type in _ORDERED_DEVICES
+        quiescent = quiescent and local.device.type in ORDERED_DEVICES
         key = None if local.device.type == "meta" else storage_key(local)
         first = self._by_storage.get(key) if key is not None else None
         if first is None:

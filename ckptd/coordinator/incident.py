@@ -107,7 +107,9 @@ def doubtful(state: State, job: Job) -> frozenset[str]:
 def confirmed(node: Node, job: Job) -> bool:
     """Whether no trainer of a stopped generation of this job runs on this node."""
     facts = node.facts(job.spec.job)
-    return facts is None or facts.stopped_through >= job.stop_through
+    if node.name not in job.members and (facts is None or not facts.generation):
+        return True  # it never belonged to the job, as far as it remembers and we do
+    return facts is not None and facts.stopped_through >= job.stop_through
 
 
 def unresolved(state: State, job: Job) -> tuple[str, ...]:

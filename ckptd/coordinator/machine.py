@@ -145,8 +145,9 @@ def _awake(state: State, at: float) -> State:
 def _reported(state: State, session: int, report: NodeReport) -> tuple[State, list[Effect]]:
     known = state.nodes.get(report.node)
     node = known if known is not None else Node(report.node, report.control_address)
-    if report.incarnation in node.past_incarnations or session < node.session:
-        return state, []
+    over = session < node.session or (session == node.session and node.left is not None)
+    if over or report.incarnation in node.past_incarnations:
+        return state, []  # of a stream that ended
     fresh = node.report is None or node.dead
     effects: list[Effect] = []
     if node.report is not None and node.report.incarnation != report.incarnation:

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ log = logging.getLogger("ckptd.daemon")
 
 _SERVICE = daemon_pb2.DESCRIPTOR.services_by_name["Daemon"].full_name
 _EXPIRE_S = 1.0
+_SWITCH_S = 0.0005
 _SMALLEST_TMPFS_BYTES = 16 << 20
 
 
@@ -44,6 +46,8 @@ async def serve(settings: DaemonSettings) -> None:
     """
     _check_memory_dir(settings.memory_dir)
     settings.socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if settings.embedded else 0o755)
+    # Digesting holds the GIL for a cell at a time; at the default of 5 ms every beat would wait for it.
+    sys.setswitchinterval(_SWITCH_S)
     with _only_one(settings.memory_dir), ThreadPoolExecutor(2, thread_name_prefix="digest") as pool:
         node = Node(settings, pool)
         stop = asyncio.Event()

@@ -170,7 +170,9 @@ class _Session:
         job, rank = self._job, self._trainer.rank
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while job.transfer.state in (Transfer.STATE_UNSPECIFIED, Transfer.RUNNING):
+        start = job.roster.start
+        # A fresh start has no transfer to wait for.
+        while start.step and job.transfer.state in (Transfer.STATE_UNSPECIFIED, Transfer.RUNNING):
             if loop.time() > deadline:
                 raise InvalidRequest(f"job {job.name} is not restored within {timeout_s:.0f} s")
             await self._node.next_change(max(0.0, deadline - loop.time()))
@@ -178,8 +180,8 @@ class _Session:
             raise InvalidRequest(
                 f"job {job.name} cannot start from step {job.roster.start.step}", job.transfer.reason
             )
-        start = job.roster.start
-        located = local_pb2.Located(step=start.step, rung=job.transfer.rung, verified=True)
+        rung = job.transfer.rung or "none"
+        located = local_pb2.Located(step=start.step, rung=rung, verified=True)
         fd = None
         if start.step:
             place = job.memory.holding_at(job.generation, start.step).places[rank]

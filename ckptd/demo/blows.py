@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.demo import killer
-from ckptd.demo.children import Children, RecordPipe, tail
+from ckptd.demo.children import Children, RecordPipe
 from ckptd.demo.options import STRIKE_WINDOW_STEPS, WARMUP_STEPS, DemoFailed
 
 # An answer comes this long after the strike at the latest.
@@ -70,9 +70,7 @@ class Killer:
         try:
             answer = await asyncio.wait_for(self._answers.get(), delay_s + ANSWER_S)
         except TimeoutError:
-            raise DemoFailed(
-                "the killer did not answer", f"its log ends\n{tail(self._child.log)}\n"
-            ) from None
+            raise DemoFailed.of("the killer did not answer", "it has failed", self._child.log) from None
         if answer["missing"]:
             raise DemoFailed("a victim was gone before the strike", f"processes {answer['missing']}")
         return float(answer["struck_s"])

@@ -19,7 +19,7 @@ import grpc.aio
 from ckptd.demo import example
 from ckptd.demo.board import Board
 from ckptd.demo.channels import channel, serving
-from ckptd.demo.children import Child, Children, RecordPipe, tail
+from ckptd.demo.children import Child, Children, RecordPipe
 from ckptd.demo.launcher import Launcher
 from ckptd.demo.options import DemoFailed, ResolvedOptions
 from ckptd.demo.scratch import SLOTS, Scratch
@@ -203,24 +203,19 @@ class Cluster:
         self._board.changed()
         # After a strike its peers fail, too; they are stopped, and older ones end when they wake up.
         if status != 0 and self._board.calm and generation == self.generation():
-            raise DemoFailed(
-                f"{trainer.name} ended with {status} though nothing was killed",
-                f"its log ends\n{tail(trainer.log)}\n",
-            )
+            raise DemoFailed.of(f"{trainer.name} ended with {status}", "nothing was killed", trainer.log)
 
     async def _watch_daemon(self, node: Node, daemon: Child) -> None:
         status = await daemon.wait()
         if not node.doomed:
-            raise DemoFailed(
-                f"the daemon of {node.name} ended with {status}", f"its log ends\n{tail(daemon.log)}\n"
+            raise DemoFailed.of(
+                f"the daemon of {node.name} ended with {status}", "nobody killed it", daemon.log
             )
 
     async def _watch_coordinator(self, coordinator: Child) -> None:
         status = await coordinator.wait()
         if not self.coordinator_doomed:
-            raise DemoFailed(
-                f"the coordinator ended with {status}", f"its log ends\n{tail(coordinator.log)}\n"
-            )
+            raise DemoFailed.of(f"the coordinator ended with {status}", "nobody killed it", coordinator.log)
 
 
 def address(host: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ckptd.demo import example
 from ckptd.demo.board import Board
-from ckptd.demo.children import Child, Children, RecordPipe, tail
+from ckptd.demo.children import Child, Children, RecordPipe
 from ckptd.demo.cluster import address, trainer_argv, trainer_environment
 from ckptd.demo.history import History
 from ckptd.demo.options import DemoFailed, ResolvedOptions
@@ -136,4 +136,4 @@ def _reached(history: History, step: int) -> bool:
 async def _succeed(child: Child) -> None:
     status = await child.wait()
     if status != 0:
-        raise DemoFailed(f"{child.name} ended with {status}", f"its log ends\n{tail(child.log)}\n")
+        raise DemoFailed.of(f"{child.name} ended with {status}", "the control must end with 0", child.log)

@@ -61,20 +61,20 @@ def recovery(events: Sequence[Event], history: History, struck_s: float, generat
     assert before is not None, f"the strike fell into generation {generation}, which never ran"
     assert resumed is not None
     assert back_s is not None
-    marks = [struck_s]
-    for name in ("incident", "committed", "transferred", "started"):
-        marks.append(_first(events, name, marks[-1]))
-    struck, incident, committed, transferred, started = marks
+    incident = _first(events, "incident", struck_s)
+    committed = _first(events, "committed", incident)
+    transferred = _first(events, "transferred", committed)
+    started = _first(events, "started", transferred)
     return Recovery(
         killed_at_step=before,
         resumed_at_step=resumed,
         lost_steps=before - resumed,
         rung=max(history.rungs(after), key=RUNGS.index),
-        detected_s=incident - struck,
+        detected_s=incident - struck_s,
         planned_s=committed - incident,
         transferred_s=transferred - committed,
         restart_s=back_s - started,
-        resumed_s=back_s - struck,
+        resumed_s=back_s - struck_s,
         generation=after,
     )
 
@@ -85,7 +85,12 @@ def timeline(events: Iterable[Event], struck_s: float | None) -> list[str]:
     if not ordered:
         return []
     zero_s = ordered[0].at_s if struck_s is None else struck_s
-    return [f"{event.at_s - zero_s:+9.3f} s  {event.text or event.name}" for event in ordered]
+    return [line for event in ordered for line in _lines(event, zero_s)]
+
+
+def _lines(event: Event, zero_s: float) -> list[str]:
+    first, *more = event.text.splitlines() or [event.name]
+    return [f"{event.at_s - zero_s:+9.3f} s  {first}", *(f"{'':13}{line}" for line in more)]
 
 
 def _first(events: Iterable[Event], name: str, from_s: float) -> float:

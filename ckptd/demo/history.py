@@ -139,7 +139,7 @@ class History:
         ]
         return CaptureTotals(
             lag_steps_max=self._lag_steps_max,
-            dropped=sum(max(int(told["dropped"]) for told in ranks) for ranks in last),
+            dropped=sum(max(sum(told["dropped"].values()) for told in ranks) for ranks in last),
             blocked_s=sum(max(float(told["blocked_s"]) for told in ranks) for ranks in last),
         )
 

@@ -23,6 +23,16 @@ STEPS_MIN_OTHERWISE = 20
 class DemoFailed(CkptdError):
     """A part of the demo ended or behaved as it must not; the message says which, and shows its log."""
 
+    # The log that tells most, if any.
+    log: Path | None = None
+
+    @classmethod
+    def of(cls, what: str, why: str, log: Path) -> DemoFailed:
+        """The failure of a process that wrote `log`."""
+        error = cls(what, why)
+        error.log = log
+        return error
+
 
 @dataclass(frozen=True)
 class DemoOptions:

@@ -20,7 +20,7 @@ SHM = Path("/dev/shm")
 SLOTS = 3
 # Weights and two moments in float32 of examples/gpt, and what else is in an image.
 STATE_BYTES = 8 << 20
-IMAGE_EXTRA_BYTES = 1 << 20
+IMAGE_EXTRA_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)

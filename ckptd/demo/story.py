@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from ckptd.demo import figures
 from ckptd.demo.blows import Killer
 from ckptd.demo.board import Board, NodeView
-from ckptd.demo.children import Children
+from ckptd.demo.children import Children, tail
 from ckptd.demo.cluster import JOB, Cluster, base_environment
 from ckptd.demo.control import Control, control
 from ckptd.demo.history import History
-from ckptd.demo.options import DemoOptions, ResolvedOptions
+from ckptd.demo.options import DemoFailed, DemoOptions, ResolvedOptions
 from ckptd.demo.picture import Picture
 from ckptd.demo.result import DemoResult
 from ckptd.demo.scratch import Scratch, scratch
@@ -37,9 +37,14 @@ def run(options: DemoOptions) -> DemoResult:
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None  # SIGTERM and SIGHUP
         except CkptdError as error:
-            raise type(error)(
-                error.what, error.why, error.next or f"read the logs in {places.logs}"
-            ) from error
+            raise type(error)(error.what, error.why, _advice(error, places)) from error
+
+
+def _advice(error: CkptdError, places: Scratch) -> str:
+    """Where the logs are, and the end of the one that tells most."""
+    advice = error.next or f"read the logs in {places.logs}"
+    log = error.log if isinstance(error, DemoFailed) else None
+    return f"{advice}; {log.name} ends\n{tail(log)}" if log else advice
 
 
 async def _interruptible(options: ResolvedOptions, places: Scratch) -> DemoResult:
@@ -77,7 +82,7 @@ async def _job(options: ResolvedOptions, places: Scratch, children: Children, bo
         await cluster.start()
         board.tell("submitted", f"{len(board.nodes)} daemons serve; the job is submitted")
         killer = Killer(children, base_environment(places))
-        struck = await STRIKES[options.kill](Scene(options, board, cluster, watcher, killer))
+        struck = await STRIKES[options.kill](Scene(options, board, cluster, killer))
         await _finished(board, cluster)
         for watch in watches:
             watch.cancel()

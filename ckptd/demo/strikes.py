@@ -11,7 +11,6 @@ from ckptd.demo.board import Board
 from ckptd.demo.channels import serving
 from ckptd.demo.cluster import READY_S, Cluster, Node
 from ckptd.demo.options import WARMUP_STEPS, ResolvedOptions
-from ckptd.demo.watch import Watcher
 
 # The first step takes the interpreters' start on a busy machine.
 STEP_S = 90.0
@@ -35,7 +34,6 @@ class Scene:
     options: ResolvedOptions
     board: Board
     cluster: Cluster
-    watcher: Watcher
     killer: Killer
 
     async def step(self, step: int) -> None:
@@ -164,7 +162,6 @@ async def coordinator(scene: Scene) -> Struck:
     struck_s = await scene.killer.strike([(cluster.coordinator.pid, "SIGKILL")], delay_s=delay_s)
     board.tell("coordinator-killed", "SIGKILL to the coordinator: training must go on", struck_s)
     await cluster.coordinator.wait()
-    scene.watcher.restarted()
     cluster.start_coordinator()
     cluster.coordinator_doomed = False
     await serving(cluster.coordinator_channel, "the coordinator", READY_S)

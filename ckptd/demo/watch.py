@@ -19,16 +19,12 @@ STATUS_S = 2.0
 
 
 class Watcher:
-    """Two endless tasks over one channel; `restarted()` after the coordinator was started anew."""
+    """Two endless tasks over one channel; they outlive the coordinator's restarts."""
 
     def __init__(self, job: str, connection: grpc.aio.Channel, board: Board) -> None:
         self._job = job
         self._stub = coordinator_pb2_grpc.CoordinatorStub(connection)
         self._board = board
-        self._after = 0
-
-    def restarted(self) -> None:
-        """A new coordinator numbers its events from the start."""
         self._after = 0
 
     async def timeline(self) -> None:
@@ -57,11 +53,10 @@ class Watcher:
         if told.name == "protected":
             self._board.watermark = told.step
         else:
-            event = Event(
-                told.name, told.monotonic_s, told.text, told.generation, told.step, tuple(told.nodes)
-            )
+            text = sentence(told)
+            event = Event(told.name, told.monotonic_s, text, told.generation, told.step, tuple(told.nodes))
             self._board.events.append(event)
-            self._board.now = told.text or told.name
+            self._board.now = text.partition("\n")[0]
         self._board.changed()
 
     def _show(self, reply: coordinator_pb2.StatusReply) -> None:
@@ -87,3 +82,31 @@ class Watcher:
 
     def _header(self, timeout_s: float) -> common_pb2.Header:
         return common_pb2.Header(job=self._job, timeout_ms=int(timeout_s * 1e3))
+
+
+def sentence(told: coordinator_pb2.TimelineEvent) -> str:
+    """What a coordinator's event says to people; the plan's has several lines."""
+    nodes = ", ".join(told.nodes)
+    match told.name:
+        case "job-formed":
+            return f"the job is formed of {nodes}"
+        case "incident":
+            return f"incident: {told.text}"
+        case "stopped":
+            return "no trainer of the old generation runs any more"
+        case "planned":
+            return f"plan: {told.text}"
+        case "committed":
+            return f"generation {told.generation} is committed"
+        case "transferred":
+            return f"the state of step {told.step} is in place everywhere and verified"
+        case "started":
+            return f"trainers of generation {told.generation} are started; {told.text}"
+        case "running":
+            return f"all ranks of generation {told.generation} are attached, from step {told.step}"
+        case "finished":
+            return "the coordinator has seen the job's end"
+        case "node-joined":
+            return " ".join(filter(None, [f"{nodes} joined", told.text and f"({told.text})"]))
+        case _:
+            return " ".join(filter(None, [told.name.replace("-", " "), nodes, told.text]))

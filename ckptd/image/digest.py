@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_128_digest
 
+from ckptd.erasure.stripe import CELL_BYTES as CELL_BYTES
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-CELL_BYTES = 65536
 DIGEST_BYTES = 16
 
 
@@ -33,7 +34,10 @@ def cells_of(nbytes: int) -> int:
 def cell_digests(buffer: Buffer) -> bytes:
     """Returns the digests of all cells of `buffer`, 16 bytes each, one after another.
 
-    Reads in place; nothing but a partly filled last cell is copied.
+    Reads in place; nothing but a partly filled last cell is copied.  xxhash keeps the
+    GIL for inputs as short as a cell (it lets go from about 100 KB on): other threads
+    run at the interpreter's switch interval only, so whoever digests beside an event
+    loop shortens it (`sys.setswitchinterval`), or digests in slices.
 
     Args:
         buffer: any C-contiguous buffer; its bytes count, not its items.

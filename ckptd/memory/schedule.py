@@ -164,7 +164,7 @@ def _next_multiple(step: int, every: int) -> int:
 
 def _paused(missing: Sequence[str], away: Mapping[str, str], known: Iterable[NodeFacts]) -> str:
     reasons = [f"{node} {why}" for node, why in sorted(away.items())]
-    reasons += [f"{node} has not reported" for node in missing if node not in away]
+    reasons += [f"{node} has not taken up this generation" for node in missing if node not in away]
     for f in known:
         if f.unreachable and f.node not in away:
             reasons.append(f"{f.node} cannot reach {', '.join(f.unreachable)}")

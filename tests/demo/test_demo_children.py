@@ -52,7 +52,9 @@ async def run_stubborn(group: Children) -> Any:
     return child
 
 
-@pytest.mark.parametrize(("code", "status"), [("pass", 0), ("raise SystemExit(3)", 3), ("import os; os.abort()", -6)])
+@pytest.mark.parametrize(
+    ("code", "status"), [("pass", 0), ("raise SystemExit(3)", 3), ("import os; os.abort()", -6)]
+)
 def test_the_status_is_that_of_waitpid(tmp_path: Path, code: str, status: int) -> None:
     async def body() -> int:
         async with children(tmp_path) as group:

@@ -29,7 +29,11 @@ def test_victims_die_at_the_time_drawn_and_their_memory_is_gone(tmp_path: Path) 
 
     async def body() -> tuple[float, float, list[int]]:
         async with Children(tmp_path, tmp_path) as group:
-            hand, victims, bystander = Killer(group, os.environ), [sleeper(group), sleeper(group)], sleeper(group)
+            hand, victims, bystander = (
+                Killer(group, os.environ),
+                [sleeper(group), sleeper(group)],
+                sleeper(group),
+            )
             asked_s = time.monotonic()
             struck_s = await hand.strike([(v.pid, "SIGKILL") for v in victims], [node], delay_s=0.1)
             statuses = [await victim.wait() for victim in victims]

@@ -126,7 +126,11 @@ def test_train_and_control_differ_by_ckptds_lines_only() -> None:
         return [ast.unparse(n) for n in ast.walk(main) if isinstance(n, ast.stmt)]
 
     trained = "\n".join(statements("train.py"))
-    for statement in ("options = loop.options(__doc__)", "training = loop.Training(options, log)", "training.step()"):
+    for statement in (
+        "options = loop.options(__doc__)",
+        "training = loop.Training(options, log)",
+        "training.step()",
+    ):
         assert statement in trained
         assert statement in "\n".join(statements("control.py"))
 

@@ -55,7 +55,7 @@ def test_bad_names_are_refused_and_shown_safely(name: str) -> None:
     assert str(caught.value).isprintable()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.text(max_size=140))
 def test_a_name_passes_exactly_when_the_grammar_says_so(name: str) -> None:
     good = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name) is not None and name not in {".", ".."}
