@@ -6,17 +6,15 @@ it is registered as pinned memory, so that the device copies straight into it.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 
 import torch
 
+from ckptd.client.device import register_pinned, unregister_pinned
 from ckptd.client.tensors import DTYPES
 from ckptd.errors import CorruptImage
 from ckptd.image import ImagePlan
-
-log = logging.getLogger("ckptd")
 
 
 class Arena:
@@ -38,7 +36,8 @@ class Arena:
             if stat.st_size < size or slot_bytes < plan.image_bytes:
                 raise CorruptImage(
                     "this arena cannot hold the image",
-                    f"{stat.st_size:,} bytes for {slots} slots of {slot_bytes:,}, the image takes {plan.image_bytes:,}",
+                    f"{stat.st_size:,} bytes for {slots} slots of {slot_bytes:,}; "
+                    f"the image takes {plan.image_bytes:,}",
                 )
             self._map = mmap.mmap(fd, size)
         finally:
@@ -69,16 +68,12 @@ class Arena:
         """Registers the mapping with CUDA, once."""
         if self._registered:
             return
-        self._registered = True
-        code = int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0))
-        if code:
-            self._registered = False
-            log.warning("the arena could not be pinned (CUDA error %d); copies from the device will be slower", code)
+        self._registered = register_pinned(self._bytes)
 
     def release(self) -> None:
         """Unregisters the mapping; it is unmapped when nothing looks at it any more."""
         if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+            unregister_pinned(self._bytes)
             self._registered = False
         self._views.clear()
 
@@ -91,6 +86,8 @@ class Arena:
         return views
 
 
-def tensor_at(whole: torch.Tensor, start: int, nbytes: int, code: str, shape: tuple[int, ...]) -> torch.Tensor:
+def tensor_at(
+    whole: torch.Tensor, start: int, nbytes: int, code: str, shape: tuple[int, ...]
+) -> torch.Tensor:
     """Returns a view of a flat uint8 tensor as a tensor of the given safetensors dtype code and shape."""
     return whole[start : start + nbytes].view(DTYPES[code]).view(shape)

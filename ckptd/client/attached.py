@@ -125,19 +125,15 @@ def named_modules(attached: Attached) -> Iterator[tuple[str, nn.Module]]:
 
 def distinct_modules(attached: Attached) -> list[nn.Module]:
     """Returns every module at least once, in a fixed order; the fast path of each step."""
-    stack = list(attached.modules.values())
+    stack: list[nn.Module | None] = list(attached.modules.values())
     found = []
     while stack:
         module = stack.pop()
-        found.append(module)
-        if module._modules:
-            stack.extend(filter(None.__ne__, module._modules.values()))  # type: ignore[arg-type]
+        if module is not None:
+            found.append(module)
+            if module._modules:
+                stack.extend(module._modules.values())
     return found
-
-
-def extra_states(attached: Attached) -> dict[str, Any]:
-    """Returns what modules keep through get_extra_state, by name."""
-    return {name: module.get_extra_state() for name, module in named_modules(attached) if has_extra_state(module)}
 
 
 def has_extra_state(module: nn.Module) -> bool:

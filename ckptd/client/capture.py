@@ -15,13 +15,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ckptd.client.arena import Arena
 from ckptd.client.copier import Copier
-from ckptd.client.snapshot import CopyFunction, Group, PendingLoss, SideStreams, Snapshot, copy_all
+from ckptd.client.device import ORDERED_DEVICES, DeviceEvent, PendingLoss, SideStreams
+from ckptd.client.snapshot import CopyFunction, Group, Part, Snapshot, copy_all
 from ckptd.client.state import Survey, Tree
 from ckptd.client.tensors import spec_of
 from ckptd.image import ImagePlan, Variable, roomy_capacity, write_variable
@@ -47,12 +48,46 @@ def plan_of(survey: Survey, tree: Tree) -> ImagePlan:
     return ImagePlan.build(specs, objects_capacity=roomy_capacity(len(tree.encoded)))
 
 
+@dataclass(slots=True)
+class _Binding:
+    """A survey's tensors sorted for copying, with their places in every slot.
+
+    Made when tensors, arena or classes change, so that a cut only picks lists.
+    """
+
+    survey: Survey
+    arena: Arena
+    moved: frozenset[str]
+    volatile: list[list[Part]] = field(init=False)  # by slot
+    quiescent: list[list[tuple[frozenset[int], list[Part]]]] = field(init=False)  # by slot
+
+    def __post_init__(self) -> None:
+        volatile: dict[torch.device, list[str]] = {}
+        quiescent: dict[frozenset[int], dict[torch.device, list[str]]] = {}
+        for name, entry in self.survey.entries.items():
+            at_the_cut = not entry.quiescent or name in self.moved
+            group = volatile if at_the_cut else quiescent.setdefault(frozenset(entry.owners), {})
+            group.setdefault(entry.tensor.device, []).append(name)
+        slots = range(self.arena.slots)
+        self.volatile = [self._parts(slot, volatile) for slot in slots]
+        self.quiescent = [
+            [(owners, self._parts(slot, g)) for owners, g in quiescent.items()] for slot in slots
+        ]
+
+    def _parts(self, slot: int, by_device: dict[torch.device, list[str]]) -> list[Part]:
+        entries, arena = self.survey.entries, self.arena
+        return [
+            Part(device, names, [entries[n].tensor for n in names], [arena.view(slot, n) for n in names])
+            for device, names in by_device.items()
+        ]
+
+
 class Capture:
     """Captures one rank's state into its arena, one step after another.
 
     Args:
         done: called on the copier's thread with each snapshot that ended.
-        audit: every how manieth snapshot is audited, after the first three; 0: none at all.
+        audit: every how manieth snapshot is audited, and the first three; 0: none at all.
         eager: whether everything is copied at the cut.
     """
 
@@ -72,35 +107,20 @@ class Capture:
         self._done = done
         self._audit_every = audit
         self._eager = eager
-        self._survey: Survey | None = None
-        self._arena: Arena | None = None
+        self._binding: _Binding | None = None
         self._current: Snapshot | None = None
-        self._classified_with = self.moved
-        self._volatile: list[str] = []
-        self._quiescent: dict[frozenset[int], list[str]] = {}
 
     def bind(self, survey: Survey, arena: Arena) -> None:
         """Takes over what to capture and where to."""
         self.fence_all()
-        self._survey, self._arena = survey, arena
         if any(entry.tensor.is_cuda for entry in survey.entries.values()):
             arena.pin()
-        self._classify()
+        self._binding = _Binding(survey, arena, self.moved)
 
     def unbind(self) -> None:
         """There is no arena any more."""
         self.fence_all()
-        self._survey = self._arena = None
-
-    @property
-    def outstanding(self) -> Snapshot | None:
-        """The newest snapshot, until it ended."""
-        return self._current
-
-    def classes(self) -> dict[str, list[str]]:
-        """Returns the names of the stored tensors of modules and optimizers, by class."""
-        quiescent = [name for names in self._quiescent.values() for name in names]
-        return {"quiescent": quiescent, "volatile": list(self._volatile)}
+        self._binding = None
 
     def cut(self, step: int, generation: int, slot: int, tree: Tree, loss: PendingLoss) -> Snapshot:
         """Starts a snapshot of the state as it is now.
@@ -108,31 +128,34 @@ class Capture:
         Raises:
             Outgrown: the tree no longer fits the plan; nothing was written.
         """
-        survey, arena = self._survey, self._arena
-        assert survey is not None and arena is not None
-        if self._classified_with is not self.moved:
-            self._classify()
-        image = arena.image(slot)
-        origin = self._origin
+        binding = self._binding
+        assert binding is not None
+        if binding.moved is not self.moved:
+            binding = self._binding = _Binding(binding.survey, binding.arena, self.moved)
+        arena, origin = binding.arena, self._origin
         variable = Variable(origin.job, generation, step, origin.rank, origin.world_size, tree.encoded)
-        write_variable(arena.plan, image, variable)
+        write_variable(arena.plan, arena.image(slot), variable)
         self.snapshots += 1
         audit = not self._eager and self._audit_due()
         self.audits += audit
         snapshot = Snapshot(step, slot, arena.plan.plan_hash, loss, audit=audit)
-        volatile = [(arena.view(slot, name), survey.entries[name].tensor) for name in self._volatile]
-        volatile += [(arena.view(slot, name), tensor) for name, tensor in tree.tensors]
-        self._copy_now(snapshot, volatile)
-        for owners, names in self._quiescent.items():
-            sources = [survey.entries[name].tensor for name in names]
-            snapshot.add(Group(owners, names, sources, [arena.view(slot, name) for name in names]))
-        if audit or self._eager:
-            for group in snapshot.groups:
-                self._copy_now(snapshot, list(zip(group.targets, group.sources, strict=True)))
+        for part in binding.volatile[slot]:
+            self._copy_now(snapshot, part)
+        for name, tensor in tree.tensors:
+            self._copy_now(snapshot, Part(tensor.device, [name], [tensor], [arena.view(slot, name)]))
+        cuts: dict[torch.device, DeviceEvent] = {}
+        for owners, parts in binding.quiescent[slot]:
+            group = Group(owners, parts)
+            snapshot.add(group)
+            for part in parts:
+                if audit or self._eager:
+                    self._copy_now(snapshot, part)
+                elif part.device.type == "cuda" and part.device not in cuts:
+                    cuts[part.device] = DeviceEvent(part.device)
+            if audit or self._eager:
                 group.copied.set()
         self.copied_bytes += arena.plan.image_bytes
         self._current = snapshot
-        cuts = {} if audit or self._eager else self._cut_events(snapshot)
         self._copier.submit(lambda: self._copy_groups(snapshot, cuts))
         return snapshot
 
@@ -163,43 +186,26 @@ class Capture:
             self._note_moved(snapshot)
             self._copier.poke()
 
-    def _classify(self) -> None:
-        assert self._survey is not None
-        self._volatile, self._quiescent = [], {}
-        self._classified_with = self.moved
-        for name, entry in self._survey.entries.items():
-            if entry.quiescent and name not in self.moved:
-                self._quiescent.setdefault(frozenset(entry.owners), []).append(name)
-            else:
-                self._volatile.append(name)
-
     def _audit_due(self) -> bool:
         if not self._audit_every:
             return False
         return self.snapshots <= AUDITED_AT_FIRST or self.snapshots % self._audit_every == 0
 
-    def _copy_now(self, snapshot: Snapshot, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _copy_now(self, snapshot: Snapshot, part: Part) -> None:
         """Copies before anything that is called or enqueued later can change the sources."""
-        copy_all([target for target, _ in pairs], [source for _, source in pairs])
-        for device in {source.device for _, source in pairs if source.is_cuda}:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            snapshot.volatile_done.append(event)
+        if part.device.type not in ORDERED_DEVICES:
+            for target, source in zip(part.targets, part.sources, strict=True):
+                target.copy_(source)
+            return
+        copy_all(part.targets, part.sources)
+        if part.device.type == "cuda":
+            snapshot.cut_done.append(DeviceEvent(part.device))
 
-    def _cut_events(self, snapshot: Snapshot) -> dict[torch.device, torch.cuda.Event]:
-        """Marks the cut on every device's current stream."""
-        devices = {source.device for group in snapshot.groups for source in group.sources if source.is_cuda}
-        events = {}
-        for device in devices:
-            events[device] = torch.cuda.Event()
-            events[device].record(torch.cuda.current_stream(device))
-        return events
-
-    def _copy_groups(self, snapshot: Snapshot, cuts: dict[torch.device, torch.cuda.Event]) -> None:
+    def _copy_groups(self, snapshot: Snapshot, cuts: dict[torch.device, DeviceEvent]) -> None:
         """The copier's job: copies, then leaves the snapshot to be finished."""
         try:
             for device, cut in cuts.items():
-                self.side.of(device).wait_event(cut)
+                cut.hold_back(self.side.of(device))
             for group in snapshot.groups:
                 if not group.copied.is_set():
                     self._copy_group(group)
@@ -211,19 +217,19 @@ class Capture:
             # A fence must never wait for a copy that will not come.
             for group in snapshot.groups:
                 group.copied.set()
-        polled = bool(snapshot.volatile_done or cuts or snapshot.loss.on_device)
+        polled = bool(snapshot.cut_done or cuts or snapshot.loss.on_device)
         self._copier.finish_later(lambda: self._attempt_to_finish(snapshot), polled=polled)
 
     def _copy_group(self, group: Group) -> None:
-        on_host = [i for i, source in enumerate(group.sources) if not source.is_cuda]
-        for device in {source.device for source in group.sources if source.is_cuda}:
-            chosen = [i for i, source in enumerate(group.sources) if source.device == device]
-            with torch.cuda.stream(self.side.of(device)):
-                self.copy_behind([group.targets[i] for i in chosen], [group.sources[i] for i in chosen])
-                event = torch.cuda.Event()
-                event.record()
-            group.device_done[device] = event
-        self.copy_behind([group.targets[i] for i in on_host], [group.sources[i] for i in on_host])
+        # Devices first: their copies run while the host's are made.
+        for part in sorted(group.parts, key=lambda part: part.device.type == "cpu"):
+            if part.device.type == "cuda":
+                stream = self.side.of(part.device)
+                with torch.cuda.stream(stream):
+                    self.copy_behind(part.targets, part.sources)
+                group.device_done.append(DeviceEvent(part.device, stream))
+            else:
+                self.copy_behind(part.targets, part.sources)
 
     def _attempt_to_finish(self, snapshot: Snapshot) -> bool:
         if not snapshot.attempt_to_finish():

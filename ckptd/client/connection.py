@@ -43,7 +43,7 @@ _ERRORS: Final[dict[int, type[errors.CkptdError]]] = {
 }
 
 
-class ConnectionLost(Exception):  # noqa: N818 - an event that the link handles, not a failure of the user's
+class ConnectionLost(Exception):
     """The daemon is gone, or does not read."""
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +33,10 @@ _started: list[subprocess.Popen[bytes]] = []
 
 
 def find_daemon(
-    socket: str | os.PathLike[str] | None, environment: Environment, timeout_s: float, system: Path = SYSTEM_SOCKET
+    socket: str | os.PathLike[str] | None,
+    environment: Environment,
+    timeout_s: float,
+    system: Path = SYSTEM_SOCKET,
 ) -> Path:
     """Returns the socket of a daemon, after starting an embedded one where none answers.
 
@@ -77,10 +80,8 @@ def private_directory(directory: Path) -> Path:
     Raises:
         InvalidRequest: what is there is not.
     """
-    try:
+    with suppress(FileExistsError):
         directory.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        pass
     stat = directory.lstat()
     mode = stat.st_mode & 0o777
     if directory.is_symlink() or not directory.is_dir() or stat.st_uid != os.getuid() or mode != 0o700:
@@ -100,13 +101,21 @@ def _start(endpoint: Path, log_path: Path, timeout_s: float) -> None:
     with log_path.open("ab") as errors:
         offset = errors.tell()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
         )
     _started.append(process)
     while not answers(endpoint):
         code = process.poll()
         if code is not None or time.monotonic() >= deadline:
-            why = f"it ended with code {code}" if code is not None else f"it did not answer within {timeout_s:g} s"
+            why = (
+                f"it ended with code {code}"
+                if code is not None
+                else f"it did not answer within {timeout_s:g} s"
+            )
             raise Unreachable(
                 "the embedded daemon did not start",
                 f"{why}: {_tail(log_path, offset)}",

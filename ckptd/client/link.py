@@ -71,7 +71,9 @@ class Link:
         """
         deadline = time.monotonic() + self.terms.timeout_s
         sock = _dial_patiently(self.endpoint, deadline)
-        self._connection, self.welcome = _shake_hands(sock, self.terms, self.generation, deadline, reconnect=False)
+        self._connection, self.welcome = _shake_hands(
+            sock, self.terms, self.generation, deadline, reconnect=False
+        )
         self.generation = self.view.generation = self.welcome.generation
         return self.welcome
 
@@ -97,11 +99,14 @@ class Link:
             if found is not None:
                 return found
             raise errors.DeadlineExceeded(
-                f"the daemon at {self.endpoint} gave no {answer} within {timeout_s:g} s", next="see the daemon's log"
+                f"the daemon at {self.endpoint} gave no {answer} within {timeout_s:g} s",
+                next="see the daemon's log",
             )
         if self.fatal is not None:
             raise self.fatal
-        raise errors.Unreachable(f"the daemon at {self.endpoint} is gone", next="see its log, and start it again")
+        raise errors.Unreachable(
+            f"the daemon at {self.endpoint} is gone", next="see its log, and start it again"
+        )
 
     def tell(self, message: local_pb2.TrainerMessage, timeout_s: float | None = None) -> bool:
         """Sends a message that has no answer; False when there is nobody to tell."""
@@ -124,7 +129,7 @@ class Link:
             self.lose(str(lost))
 
     def wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
-        """Takes in pushes until `condition` holds; False when it does not by `deadline` or the daemon is gone."""
+        """Takes in pushes until `condition` holds; False at the deadline, or when the daemon is gone."""
         while not condition():
             self.drain()
             if condition():
@@ -270,7 +275,8 @@ def _dial_patiently(endpoint: Path, deadline: float) -> socket.socket:
             raise errors.Unreachable(
                 f"no daemon answers at {endpoint}",
                 error.strerror or str(error),
-                f"start one with `ckptd daemon --socket {endpoint}`, or unset CKPTD_SOCKET and socket= for an embedded one",
+                f"start one with `ckptd daemon --socket {endpoint}`, "
+                "or leave out CKPTD_SOCKET and socket= for an embedded one",
             ) from error
 
 

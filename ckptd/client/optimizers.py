@@ -8,8 +8,7 @@ exist is absent until the first real step.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,9 @@ def check_supported(name: str, optimizer: Optimizer) -> None:
     for kind in type(optimizer).__mro__:
         if kind.__name__ in _REFUSED:
             why = _REFUSED[kind.__name__]
-            raise UnsupportedOptimizer(f"{name} is a {kind.__name__}, which cannot be kept", why, "choose another")
+            raise UnsupportedOptimizer(
+                f"{name} is a {kind.__name__}, which cannot be kept", why, "choose another"
+            )
     if not hasattr(type(optimizer).step, "hooked"):
         # Optimizer.__init__ patches step() of its class; a wrapper that never calls it has no hooks.
         raise UnsupportedOptimizer(
@@ -87,7 +88,9 @@ def parameters_of(name: str, optimizer: Optimizer, name_of: Mapping[int, str]) -
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Returns every group's values but its parameters."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
 
 
 def restore_settings(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
@@ -95,7 +98,7 @@ def restore_settings(optimizer: Optimizer, settings: list[dict[str, Any]]) -> No
     for group, saved in zip(optimizer.param_groups, settings, strict=True):
         for key, value in saved.items():
             live = group.get(key)
-            if is_tensor(live) and is_tensor(value):
+            if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
                 local_of(live).detach().copy_(value)
             else:
                 group[key] = value
@@ -112,12 +115,14 @@ def estimate(optimizer: Optimizer) -> list[dict[str, torch.Tensor]] | None:
     for group in optimizer.param_groups:
         twins = [_meta(local_of(parameter), parameter.requires_grad) for parameter in group["params"]]
         # Fused and capturable kernels have no meta form; they keep the same state, elsewhere.
-        plain = {key: False for key in ("fused", "foreach", "capturable") if key in group}
-        groups.append({**group, **plain, "params": twins})
+        twin_group: dict[str, Any] = {**group, "params": twins}
+        twin_group.update((key, False) for key in ("fused", "foreach", "capturable") if key in group)
+        groups.append(twin_group)
     step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
     try:
         with torch.random.fork_rng(devices=[]):
-            twin = type(optimizer)(groups)
+            make: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
+            twin = make(groups)
             step(twin)  # the undecorated step: no hook of the user's sees the twin
     except _FOREIGN:
         return None
@@ -130,7 +135,8 @@ def estimate(optimizer: Optimizer) -> list[dict[str, torch.Tensor]] | None:
 
 def state_of(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
     """Returns a parameter's state; empty, and not created, where there is none."""
-    return optimizer.state[parameter] if parameter in optimizer.state else {}
+    states: Mapping[Any, dict[str, Any]] = optimizer.state  # a defaultdict, whose get() makes nothing
+    return states.get(parameter, {})
 
 
 def tensor_values(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
@@ -145,21 +151,20 @@ def other_values(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def other_state(optimizer: Optimizer) -> dict[str, Any]:
     """Returns the state that belongs to no parameter but to a name."""
-    return {key: value for key, value in optimizer.state.items() if isinstance(key, str)}
+    state: Mapping[Any, Any] = optimizer.state
+    return {key: value for key, value in state.items() if isinstance(key, str)}
 
 
 def reset_state(optimizer: Optimizer, state: Mapping[Any, dict[str, Any]]) -> None:
     """Makes `state` (by parameter, or by a name of the optimizer's own) the optimizer's whole state."""
-    if not isinstance(optimizer.state, defaultdict):
-        optimizer.state = defaultdict(dict, optimizer.state)
-    for key in list(optimizer.state):
-        if key not in state:
-            del optimizer.state[key]
+    own: dict[Any, Any] = optimizer.state
+    for key in [key for key in own if key not in state]:
+        del own[key]
     for key, values in state.items():
         if isinstance(key, str):
-            optimizer.state[key] = values  # type: ignore[index]
+            own[key] = values
             continue
-        live = optimizer.state[key]
+        live = own.setdefault(key, {})
         for gone in [name for name in live if name not in values]:
             del live[gone]
         live.update(values)

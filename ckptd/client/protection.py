@@ -10,6 +10,8 @@ import logging
 import os
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +22,10 @@ from ckptd.client.attached import Attached
 from ckptd.client.capture import Capture, Origin, plan_of
 from ckptd.client.connection import Arrival
 from ckptd.client.copier import Copier
+from ckptd.client.device import PendingLoss
 from ckptd.client.link import Link
 from ckptd.client.schedule import Verdict
-from ckptd.client.snapshot import PendingLoss, Snapshot
+from ckptd.client.snapshot import Snapshot
 from ckptd.client.state import Survey, Tree
 from ckptd.client.tensors import spec_of
 from ckptd.image import ImagePlan
@@ -89,17 +92,19 @@ class Protection:
         self._losses.append((step, pending))
         self.take_news()
         if self._link.detached:
-            self._return()
+            self._return(step - 1)
         self._judge_losses()
         if self._link.detached:
             return
-        for missed in self._view.missed(step - 1):
-            self._give_up(missed, "this rank had passed it")
-        if not self._held:
-            self._take(step, pending)
-        elif self._view.verdict(step) in (Verdict.CAPTURE, Verdict.NO_SLOT):
+        self._give_up_missed(step - 1)
+        tree = None if self._held else self._prepare(step)
+        if self._held and self._view.verdict(step) in (Verdict.CAPTURE, Verdict.NO_SLOT):
             self._give_up(step, NOT_FINITE, not_finite=True)
+        # After the verdict, since a daemon grants no step that is past; before the cut, since
+        # the copier competes with what comes behind it.
         self._tell(progress=local_pb2.Progress(step=step))
+        if tree is not None and step in self._view.grants:
+            self._cut(step, tree, pending)
 
     def take_news(self) -> None:
         """Takes in what the daemon pushed and what the copier ended.
@@ -113,7 +118,7 @@ class Protection:
             raise self._link.fatal
 
     def wait_for_lag(self, step: int) -> None:
-        """Waits before optimizer step `step` while more than `max_lag` completed steps were unprotected after it.
+        """Waits before optimizer step `step` while it would leave more than `max_lag` steps unprotected.
 
         Gives up at the deadline, and then waits no more until the watermark moves.
         """
@@ -160,7 +165,9 @@ class Protection:
         if view.watermark >= step or (flushed and not protected):
             return
         why = view.standing or f"the newest protected step is {view.watermark}"
-        raise errors.DeadlineExceeded(f"step {step} did not become protected in time", why, "see `ckptd status`")
+        raise errors.DeadlineExceeded(
+            f"step {step} did not become protected in time", why, "see `ckptd status`"
+        )
 
     def accept(self) -> None:
         """Ends the hold after a loss that was not finite."""
@@ -179,37 +186,48 @@ class Protection:
 
     # Capture
 
-    def _take(self, step: int, loss: PendingLoss) -> None:
-        try:
+    def _prepare(self, step: int) -> Tree | None:
+        """Returns the tree to capture if `step` is to be captured now; brings plan and arena up to date."""
+        with self._keeping_on(step):
             self._renew()
             if self._arena is None:
                 if self._view.verdict(step) is Verdict.NO_SLOT:
                     self._give_up(step, "no arena")
-                return
+                return None
             verdict = self._verdict(step)
             if verdict is Verdict.CAPTURE:
-                self._cut(step, loss)
-            elif verdict is Verdict.NO_SLOT:
+                return self._fitting_tree(step)
+            if verdict is Verdict.NO_SLOT:
                 self._give_up(step, verdict.value)
-        except (errors.UnsafeObject, errors.InvalidRequest) as error:
-            # What cannot be kept is refused at the start; later it must not end a running job.
-            if self.last_captured is None:
-                raise
-            log.warning("step %d cannot be kept: %s", step, error)
-            self._give_up(step, "the state cannot be kept")
+        return None
 
-    def _cut(self, step: int, loss: PendingLoss) -> None:
+    def _fitting_tree(self, step: int) -> Tree | None:
+        """Returns the tree as it is now, after a new plan where it outgrew the old one."""
         assert self._survey is not None
         tree = self._survey.tree_of()
         if not self._fits(tree):
             self._announce(plan_of(self._survey, tree))
             if self._arena is None or self._verdict(step) is not Verdict.CAPTURE:
                 self._give_up(step, "the state outgrew its plan")
-                return
+                return None
+        return tree
+
+    def _cut(self, step: int, tree: Tree, loss: PendingLoss) -> None:
         slot = self._view.grants.pop(step)
         self._view.captured.add(step)
         self.last_captured = step
         self.capture.cut(step, self._link.generation, slot, tree, loss)
+
+    @contextmanager
+    def _keeping_on(self, step: int) -> Iterator[None]:
+        """What cannot be kept is refused at the start; later it must not end a running job."""
+        try:
+            yield
+        except (errors.UnsafeObject, errors.InvalidRequest) as error:
+            if self.last_captured is None:
+                raise
+            log.warning("step %d cannot be kept: %s", step, error)
+            self._give_up(step, "the state cannot be kept")
 
     def _verdict(self, step: int) -> Verdict:
         """What to do with `step`; with `max_lag` set, waits while that is not known."""
@@ -221,10 +239,20 @@ class Protection:
         if view.standing or self._gave_up_at == view.watermark:
             return verdict
         deadline = time.monotonic() + self._bounds.max_lag_wait_s
-        if not self._link.wait_until(lambda: view.verdict(step) in settled or bool(view.standing), deadline):
-            if not self._link.detached and self._link.fatal is None:
-                self._waited_in_vain(f"no slot was granted for step {step}")
+
+        def known_now() -> bool:
+            # Steps that this rank ran past (while it was detached) stand in the way of newer ones.
+            self._give_up_missed(step - 1)
+            return view.verdict(step) in settled or bool(view.standing)
+
+        known = self._link.wait_until(known_now, deadline)
+        if not known and not self._link.detached and self._link.fatal is None:
+            self._waited_in_vain(f"no slot was granted for step {step}")
         return view.verdict(step)
+
+    def _give_up_missed(self, passed: int) -> None:
+        for step in self._view.missed(passed):
+            self._give_up(step, "this rank had passed it")
 
     def _give_up(self, step: int, reason: str, *, not_finite: bool = False) -> None:
         if step not in self._view.given_up:
@@ -238,9 +266,15 @@ class Protection:
             body = local_pb2.Aborted(step=snapshot.step, reason=snapshot.void, not_finite=snapshot.not_finite)
             self._tell(aborted=body)
         else:
-            captured = local_pb2.Captured(step=snapshot.step, slot=snapshot.slot, plan_hash=snapshot.plan_hash)
+            captured = local_pb2.Captured(
+                step=snapshot.step, slot=snapshot.slot, plan_hash=snapshot.plan_hash
+            )
             self._tell(captured=captured)
         self._ended.append(snapshot)
+
+    def collect(self) -> None:
+        """Counts what ended since."""
+        self._take_ended()
 
     def _take_ended(self) -> None:
         while self._ended:
@@ -338,9 +372,11 @@ class Protection:
             self._arena.release()
             self._arena = None
 
-    def _return(self) -> None:
+    def _return(self, completed: int) -> None:
         """Takes up the daemon that came back, or starts looking for it."""
         arrival = self._link.adopt()
+        # What is due must lie in this rank's future; a restarted daemon does not know how far it is.
+        self._tell(progress=local_pb2.Progress(step=completed))
         if self._link.detached:
             plan = None
             if self._plan is not None and self._arena is not None:
@@ -367,5 +403,3 @@ class Protection:
 
     def _tell(self, **body: object) -> None:
         self._link.tell(local_pb2.TrainerMessage(**body))  # type: ignore[arg-type]
-
-

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckptd.client.device import cuda_in_use
 from ckptd.errors import StateMismatch
 
 
@@ -23,7 +24,7 @@ def capture_random() -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "python": (version, np.array(internal, dtype=np.uint64), gauss),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if cuda_in_use():
         # A generator's seed and offset live on the host.
         state["cuda"] = [torch.cuda.get_rng_state(i).numpy() for i in range(torch.cuda.device_count())]
         state["cuda_current"] = torch.cuda.current_device()

@@ -16,10 +16,10 @@ import torch
 
 from ckptd.client import optimizers as optim
 from ckptd.client.arena import tensor_at
-from ckptd.client.attached import RESERVED, named_modules
+from ckptd.client.attached import RESERVED, has_extra_state, named_modules
 from ckptd.client.capture import Origin
 from ckptd.client.random_state import restore_random
-from ckptd.client.state import FORMAT, Survey
+from ckptd.client.state import FORMAT, STATIC, Survey
 from ckptd.client.tensors import Form, is_tensor, plain, spec_of, with_form, writable
 from ckptd.errors import CorruptImage, StateMismatch
 from ckptd.image import ImagePlan, TensorRef, decode, read_variable
@@ -92,7 +92,7 @@ class _Stored:
             own = tree[RESERVED]  # type: ignore[index]
             if own["format"] != FORMAT:
                 raise StateMismatch(f"the state is of format {own['format']}, this ckptd reads {FORMAT}")
-            static = decode(own["static"])
+            static = decode(plan.tensor(image, STATIC))
         except (TypeError, KeyError) as error:
             raise CorruptImage("this image's objects are not a rank's state", str(error)) from error
         whole = torch.frombuffer(image, dtype=torch.uint8)
@@ -182,12 +182,14 @@ def _check_optimizers(stored: _Stored, survey: Survey) -> None:
 
 def _check_objects(stored: _Stored, survey: Survey) -> None:
     _same_names("objects", stored.static["objects"], survey.attached.objects)
+    live = [name for name, module in named_modules(survey.attached) if has_extra_state(module)]
+    _same_names("extra states of modules", stored.tree[RESERVED].get("extra", {}), live)
 
 
-def _optimizer_state(stored: _Stored, survey: Survey, name: str) -> dict[Any, Callable[[], dict[str, Any]]]:
+def _optimizer_state(stored: _Stored, survey: Survey, name: str) -> dict[Any, Callable[[], Any]]:
     """Returns what makes each parameter's state; all checks are done when it returns."""
     tree, kept = stored.tree[name], stored.static["optimizers"][name]
-    state: dict[Any, Callable[[], dict[str, Any]]] = {}
+    state: dict[Any, Callable[[], Any]] = {}
     for owned in (parameter for group in survey.groups[name] for parameter in group):
         keys = kept["state"].get(owned.name, [])
         values = tree["state"].get(owned.name, {})
@@ -197,24 +199,33 @@ def _optimizer_state(stored: _Stored, survey: Survey, name: str) -> dict[Any, Ca
         makers = {}
         for key, on_parameters_device in keys:
             device = owned.parameter.device if on_parameters_device else torch.device("cpu")
-            makers[key] = _state_tensor(stored, f"{name}.{owned.name}.{key}", device, owned.parameter, live.get(key))
-        state[owned.parameter] = _all_of(makers, lambda values=values: stored.values(values))
+            makers[key] = _state_tensor(
+                stored, survey, f"{name}.{owned.name}.{key}", device, owned.parameter, live.get(key)
+            )
+        state[owned.parameter] = _all_of(stored, makers, values)
     for key, values in tree["other"].items():
-        state[key] = lambda values=values: stored.values(values)
+        state[key] = _all_of(stored, {}, values)
     return state
 
 
-def _all_of(
-    makers: dict[str, Callable[[], torch.Tensor]], rest: Callable[[], dict[str, Any]]
-) -> Callable[[], dict[str, Any]]:
-    return lambda: {**{key: make() for key, make in makers.items()}, **rest()}
+def _all_of(stored: _Stored, makers: dict[str, Callable[[], torch.Tensor]], rest: Any) -> Callable[[], Any]:
+    def make_all() -> Any:
+        if not makers:
+            return stored.values(rest)
+        return {key: make() for key, make in makers.items()} | stored.values(rest)
+
+    return make_all
 
 
 def _state_tensor(
-    stored: _Stored, name: str, device: torch.device, parameter: torch.Tensor, live: Any
+    stored: _Stored, survey: Survey, name: str, device: torch.device, parameter: torch.Tensor, live: Any
 ) -> Callable[[], torch.Tensor]:
     """Returns what makes one state tensor: in place where the live optimizer has its like, anew otherwise."""
     source, form = stored.tensor(name), stored.form(name)
+    first = stored.static["aliases"].get(name)
+    if first in survey.entries and not first.startswith(tuple(f"{own}." for own in survey.groups)):
+        # The state is the parameter itself, or another module's tensor, under a second name.
+        return lambda: with_form(name, survey.entries[first].tensor, form, parameter)
     if is_tensor(live):
         target = plain(name, live)
         if (target.dtype, target.shape, target.device) == (source.dtype, source.shape, device):
@@ -261,7 +272,9 @@ def _write(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _loose_names(survey: Survey) -> list[str]:
-    return [owned.name for groups in survey.groups.values() for group in groups for owned in group if owned.loose]
+    return [
+        owned.name for groups in survey.groups.values() for group in groups for owned in group if owned.loose
+    ]
 
 
 def _same_names(what: str, stored: Iterable[str], live: Iterable[str]) -> None:
@@ -281,4 +294,5 @@ def _listed(names: list[str]) -> str:
 def _shown(form: Form | None) -> str:
     if form is None:
         return "whole"
-    return f"{list(form.placements)} of {list(form.shape)} on mesh {list(form.mesh_shape)} at {list(form.coordinate)}"
+    mesh = f"mesh {list(form.mesh_shape)} at {list(form.coordinate)}"
+    return f"{list(form.placements)} of {list(form.shape)} on {mesh}"

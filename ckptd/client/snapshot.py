@@ -2,79 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from ckptd.client.device import DeviceEvent, PendingLoss
 from ckptd.client.tensors import same_bytes
 
-log = logging.getLogger("ckptd")
-
 CopyFunction = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
-
-
-# Devices whose copies can be ordered behind what runs on them; all others are waited for.
-ORDERED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copies tensors pairwise; from a CUDA device into pinned memory without waiting for it."""
     if targets:
-        ordered = all(source.device.type in ORDERED_DEVICES for source in sources)
-        torch._foreach_copy_(list(targets), list(sources), non_blocking=ordered)
+        torch._foreach_copy_(tuple(targets), tuple(sources), non_blocking=True)
 
 
-class PendingLoss:
-    """A loss on its way to the host; a CUDA loss is not waited for."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors on one device, and their places in one slot."""
 
-    def __init__(self, loss: float | torch.Tensor | None, side: SideStreams) -> None:
-        self._event: torch.cuda.Event | None = None
-        if isinstance(loss, torch.Tensor):
-            loss = loss.detach()
-            if loss.is_cuda:
-                self._host = torch.empty((), dtype=torch.float64, pin_memory=True)
-                with torch.cuda.stream(side.behind_now(loss.device)):
-                    # Converted on the device: only the copy crosses, and it is asynchronous.
-                    self._host.copy_(loss.to(torch.float64), non_blocking=True)
-                    self._event = torch.cuda.Event()
-                    self._event.record()
-                    loss.record_stream(torch.cuda.current_stream())
-                return
-            loss = float(loss)
-        self._host = torch.tensor(0.0 if loss is None else float(loss), dtype=torch.float64)
-
-    @property
-    def on_device(self) -> bool:
-        return self._event is not None
-
-    def judge(self) -> bool | None:
-        """Returns whether the loss is finite, or None while it is not here."""
-        if self._event is not None and not self._event.query():
-            return None
-        return math.isfinite(float(self._host))
-
-
-class SideStreams:
-    """One stream per CUDA device for everything that is copied behind training."""
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def of(self, device: torch.device) -> torch.cuda.Stream:
-        stream = self._streams.get(device)
-        if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device)
-        return stream
-
-    def behind_now(self, device: torch.device) -> torch.cuda.Stream:
-        """Returns the side stream, ordered behind everything enqueued so far on the current one."""
-        stream = self.of(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        return stream
+    device: torch.device
+    names: list[str]
+    sources: list[torch.Tensor]
+    targets: list[torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -82,19 +35,17 @@ class Group:
     """Tensors of the same owners: copied one after another, waited for together."""
 
     owners: frozenset[int]  # optimizers; empty: nobody's, waited for by every fence
-    names: list[str]
-    sources: list[torch.Tensor]
-    targets: list[torch.Tensor]
+    parts: list[Part]
     copied: threading.Event = field(default_factory=threading.Event)  # on the host; on a device: enqueued
-    device_done: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
+    device_done: list[DeviceEvent] = field(default_factory=list)
     audited: bool = False
 
     def wait(self) -> None:
         """Returns when the tensors may change: on a device, changes are ordered behind the copy."""
         # The copier always sets this, also when it fails.
         self.copied.wait()
-        for device, event in self.device_done.items():
-            torch.cuda.current_stream(device).wait_event(event)
+        for event in self.device_done:
+            event.hold_back()
 
 
 class Snapshot:
@@ -111,12 +62,12 @@ class Snapshot:
         self.loss = loss
         self.audit = audit
         self.groups: list[Group] = []
-        self.volatile_done: list[torch.cuda.Event] = []
+        self.cut_done: list[DeviceEvent] = []  # of what was copied at the cut
         self.void = ""  # why it is void
         self.not_finite = False
         self.moved: list[str] = []
         self.finished = threading.Event()
-        self._verdicts: list[tuple[list[str], torch.Tensor, torch.cuda.Event]] = []
+        self._verdicts: list[tuple[list[str], torch.Tensor, DeviceEvent]] = []
         self._unaudited = 0
 
     def add(self, group: Group) -> None:
@@ -128,7 +79,8 @@ class Snapshot:
         group.wait()
         if self.audit and not group.audited:
             group.audited = True
-            self._compare(group)
+            for part in group.parts:
+                self._compare(part)
             self._unaudited -= 1
 
     @property
@@ -139,9 +91,9 @@ class Snapshot:
         """Whether all bytes are in place and judged; then `void`, `moved` and `not_finite` are final."""
         if self._unaudited > 0:
             return False
-        events = [*self.volatile_done, *(event for group in self.groups for event in group.device_done.values())]
+        events = [*self.cut_done, *(event for group in self.groups for event in group.device_done)]
         events += [event for _, _, event in self._verdicts]
-        if not all(event.query() for event in events):
+        if not all(event.reached() for event in events):
             return False
         finite = self.loss.judge()
         if finite is None:
@@ -155,22 +107,16 @@ class Snapshot:
             self.void = f"changed between the cut and the fence: {', '.join(self.moved[:3])}"
         return True
 
-    def _compare(self, group: Group) -> None:
+    def _compare(self, part: Part) -> None:
         """Compares with the live bytes; on a device without waiting for the answer."""
-        by_device: dict[torch.device, list[int]] = {}
-        for index, source in enumerate(group.sources):
-            by_device.setdefault(source.device, []).append(index)
-        for device, indices in by_device.items():
-            same = torch.stack([same_bytes(group.targets[i], group.sources[i]) for i in indices])
-            names = [group.names[i] for i in indices]
-            if device.type != "cuda":
-                self._judge(names, same)
-                continue
-            host = torch.empty(same.shape, dtype=torch.bool, pin_memory=True)
-            host.copy_(same, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            self._verdicts.append((names, host, event))
+        pairs = zip(part.targets, part.sources, strict=True)
+        same = torch.stack([same_bytes(target, source) for target, source in pairs])
+        if part.device.type != "cuda":
+            self._judge(part.names, same)
+            return
+        host = torch.empty(same.shape, dtype=torch.bool, pin_memory=True)
+        host.copy_(same, non_blocking=True)
+        self._verdicts.append((part.names, host, DeviceEvent(part.device)))
 
     def _judge(self, names: list[str], same: torch.Tensor) -> None:
         self.moved += [name for name, kept in zip(names, same.tolist(), strict=True) if not kept]

@@ -24,17 +24,28 @@ from ckptd.client.attached import (
     RESERVED,
     Attached,
     distinct_modules,
-    extra_states,
+    has_extra_state,
+    named_modules,
     reshard,
     tensors_of,
 )
+from ckptd.client.device import ORDERED_DEVICES
 from ckptd.client.random_state import capture_random
-from ckptd.client.snapshot import ORDERED_DEVICES
-from ckptd.client.tensors import Form, StorageKey, form_of, is_tensor, local_of, plain, storage_key
+from ckptd.client.tensors import (
+    Form,
+    StorageKey,
+    form_of,
+    is_dtensor,
+    is_tensor,
+    local_of,
+    plain,
+    storage_key,
+)
 from ckptd.errors import InvalidRequest
 from ckptd.image import TensorRef, encode
 
 FORMAT = 1
+STATIC = f"{RESERVED}.static"  # the tensor that holds what changes only with the plan, as encoded objects
 
 
 @dataclass(slots=True)
@@ -84,8 +95,14 @@ class Survey:
         for index, name in enumerate(attached.optimizers):
             self._look_at_optimizer(index, name)
         self._seen = None if tentative else _Seen(attached)
-        self._has_values = any(optim.other_values(state) for o in attached.optimizers.values() for state in _dicts(o))
-        self.static = encode(self._static())
+        self._has_values = any(
+            optim.other_values(state) for o in attached.optimizers.values() for state in _dicts(o)
+        )
+        self._has_others = any(optim.other_state(o) for o in attached.optimizers.values())
+        self._with_extra = [(n, module) for n, module in named_modules(attached) if has_extra_state(module)]
+        # A tensor of its own, not a part of the tree: it is encoded once, and its bytes stay unchanged.
+        static = torch.frombuffer(bytearray(encode(self._static())), dtype=torch.uint8)
+        self.entries[STATIC] = Entry(STATIC, static, quiescent=False)
 
     def unchanged(self) -> bool:
         """Whether the same tensors are in the same places; does not look at their bytes."""
@@ -103,14 +120,16 @@ class Survey:
             UnsafeObject: something has no safe form; the message names its path.
         """
         walk = _Extraction(self._by_storage)
-        tree: dict[str, Any] = {RESERVED: {"format": FORMAT, "static": self.static, "random": capture_random()}}
-        for name, value in extra_states(self.attached).items():
-            tree[RESERVED].setdefault("extra", {})[name] = walk(f"{name}.extra_state", value)
+        tree: dict[str, Any] = {RESERVED: {"format": FORMAT, "random": capture_random()}}
+        for name, module in self._with_extra:
+            tree[RESERVED].setdefault("extra", {})[name] = walk(
+                f"{name}.extra_state", module.get_extra_state()
+            )
         for name, optimizer in self.attached.optimizers.items():
             tree[name] = {
                 "groups": walk(f"{name}.groups", optim.settings_of(optimizer)),
                 "state": walk(f"{name}.state", self._values_of(name, optimizer)),
-                "other": walk(f"{name}.other", optim.other_state(optimizer)),
+                "other": walk(f"{name}.other", optim.other_state(optimizer)) if self._has_others else {},
             }
         for name, value in self.attached.objects.items():
             tree[name] = walk(name, value.state_dict())
@@ -170,7 +189,7 @@ class Survey:
         return values
 
     def _static(self) -> dict[str, Any]:
-        """What changes only with the survey: encoded once, carried in every image."""
+        """What changes only with the survey: names, aliases, shards, optimizers."""
         return {
             "modules": self.module_names,
             "aliases": self.aliases,
@@ -204,24 +223,29 @@ class _Seen:
         self.tensors = _module_tensors(self.modules)
         self.parameters = _group_parameters(attached)
         self.states = _state_dicts(attached)
-        self.state_sizes = list(map(len, self.states))
+        self.state_sizes = _state_sizes(attached, self.states)
         self.places: list[tuple[dict[Any, Any], Any]] = []
         self.value_places: list[tuple[dict[Any, Any], Any]] = []
         for state in self.states:
             for key, value in state.items():
                 (self.places if is_tensor(value) else self.value_places).append((state, key))
         self.state_tensors = [state[key] for state, key in self.places]
-        self.locals = [local_of(t) for t in (*self.tensors, *self.parameters, *self.state_tensors) if t is not None]
+        every = [t for t in (*self.tensors, *self.parameters, *self.state_tensors) if t is not None]
+        distinct = list({id(tensor): tensor for tensor in every}.values())
+        self.sharded = [tensor for tensor in distinct if is_dtensor(tensor)]
+        self.shards = list(map(local_of, self.sharded))
+        self.locals = list(map(local_of, distinct))
         self.pointers = _pointers(self.locals)
 
     def holds(self, attached: Attached) -> bool:
+        """Whether everything is where it was; a millisecond for 3,000 tensors."""
         modules = distinct_modules(attached)
         if not _same(modules, self.modules) or not _same(_module_tensors(modules), self.tensors):
             return False
         if not _same(_group_parameters(attached), self.parameters):
             return False
         states = _state_dicts(attached)
-        if not _same(states, self.states) or list(map(len, states)) != self.state_sizes:
+        if not _same(states, self.states) or _state_sizes(attached, states) != self.state_sizes:
             return False
         try:
             state_tensors = [state[key] for state, key in self.places]
@@ -230,12 +254,10 @@ class _Seen:
             return False
         if not _same(state_tensors, self.state_tensors) or any(map(is_tensor, values)):
             return False
-        return self._same_storage()
-
-    def _same_storage(self) -> bool:
-        """Catches `parameter.data = other`, and a DTensor's new local shard."""
-        tensors = [t for t in (*self.tensors, *self.parameters, *self.state_tensors) if t is not None]
-        return _same([local_of(t) for t in tensors], self.locals) and _pointers(self.locals) == self.pointers
+        # Catches a DTensor's new local shard, and `parameter.data = other`.
+        return (
+            _same(list(map(local_of, self.sharded)), self.shards) and _pointers(self.locals) == self.pointers
+        )
 
 
 class _Extraction:
@@ -262,10 +284,13 @@ class _Extraction:
         if known is not None:
             return TensorRef(known)
         if path in self._names:
-            raise InvalidRequest(f"two tensors are named {path}", next="give them different keys in the state_dict")
+            raise InvalidRequest(
+                f"two tensors are named {path}", next="give them different keys in the state_dict"
+            )
         if form_of(path, tensor) is not None:
             raise InvalidRequest(
-                f"{path} is a DTensor inside an object's state", next="attach the module or optimizer that owns it"
+                f"{path} is a DTensor inside an object's state",
+                next="attach the module or optimizer that owns it",
             )
         self._names.add(path)
         if key is not None:
@@ -303,6 +328,10 @@ def _group_parameters(attached: Attached) -> list[torch.Tensor]:
 
 def _state_dicts(attached: Attached) -> list[dict[Any, Any]]:
     return [state for optimizer in attached.optimizers.values() for state in _dicts(optimizer)]
+
+
+def _state_sizes(attached: Attached, states: list[dict[Any, Any]]) -> list[int]:
+    return [*map(len, states), *(len(optimizer.state) for optimizer in attached.optimizers.values())]
 
 
 def _dicts(optimizer: torch.optim.Optimizer) -> list[dict[Any, Any]]:

@@ -66,7 +66,7 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the bytes this rank holds: a DTensor's local shard, otherwise the tensor itself."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def plain(path: str, tensor: torch.Tensor, *, meta: bool = False) -> torch.Tensor:
@@ -146,16 +146,16 @@ def with_form(path: str, local: torch.Tensor, form: Form | None, like: torch.Ten
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    made = {
-        "shard": lambda dim: Shard(dim),
-        "replicate": lambda: Replicate(),
-        "strided": lambda dim, factor: _StridedShard(dim, split_factor=factor),
-    }
+    def placement(kind: str, dim: int = 0, factor: int = 1) -> Shard | Replicate | _StridedShard:
+        if kind == "replicate":
+            return Replicate()
+        return Shard(dim) if kind == "shard" else _StridedShard(dim, split_factor=factor)
+
     spec = like._spec  # type: ignore[attr-defined]
     return DTensor.from_local(
         local,
         spec.mesh,
-        [made[kind](*rest) for kind, *rest in form.placements],
+        [placement(*each) for each in form.placements],
         run_check=False,
         shape=torch.Size(form.shape),
         stride=form.stride,
@@ -177,7 +177,9 @@ def same_bytes(kept: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         kept: contiguous, of the same dtype and shape; may be on another device.
     """
     other = kept.to(live.device, non_blocking=True)
-    bytes_of = [t.reshape(-1).view(torch.uint8) for t in (other, live.contiguous().resolve_conj().resolve_neg())]
+    bytes_of = [
+        t.reshape(-1).view(torch.uint8) for t in (other, live.contiguous().resolve_conj().resolve_neg())
+    ]
     return (bytes_of[0] == bytes_of[1]).all()
 
 

@@ -103,7 +103,7 @@ def _silence(node: Node, job: Job | None, now: float, timing: Timing) -> Finding
     if silent_s < limit:
         return Finding(node, probe)
     if _unanswered(node, node.heard) and not _moving(job, now, timing):
-        return _dead(node, now, f"silent for {silent_s:.2f} s, and no answer to a probe")
+        return _dead(node, f"silent for {silent_s:.2f} s, and no answer to a probe")
     if node.suspect:
         return Finding(node, probe)
     return Finding(replace(node, suspect=True), probe, "node-suspect", f"silent for {silent_s:.2f} s")
@@ -114,7 +114,7 @@ def _absence(node: Node, job: Job | None, now: float, timing: Timing) -> Finding
     away_s = now - node.left
     probe = _due_for_probe(node, node.left, now, timing)
     if _unanswered(node, node.left) and away_s >= _patience(node, job, now, timing):
-        return _dead(node, now, f"its stream ended {away_s:.2f} s ago, and its port does not answer")
+        return _dead(node, f"its stream ended {away_s:.2f} s ago, and its port does not answer")
     if node.suspect:
         return Finding(node, probe)
     return Finding(replace(node, suspect=True), probe, "node-suspect", "its stream ended")
@@ -156,9 +156,8 @@ def _unanswered(node: Node, since: float) -> bool:
     return probe is not None and probe.asked >= since and probe.answer in (Answer.REFUSED, Answer.SILENT)
 
 
-def _dead(node: Node, now: float, why: str) -> Finding:
-    left = node.left if node.left is not None else now
-    return Finding(replace(node, dead=True, suspect=True, left=left), False, "node-dead", why)
+def _dead(node: Node, why: str) -> Finding:
+    return Finding(replace(node, dead=True, suspect=True), False, "node-dead", why)
 
 
 def status(node: Node, job: Job | None) -> str:

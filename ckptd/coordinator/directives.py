@@ -60,7 +60,7 @@ def _wish(state: State, job: Job, node: Node) -> JobDirective | None:
     base = JobDirective(job.spec.job, job.spec, stop_through=job.stop_through)
     member = job.roster is not None and job.roster.member(node.name) is not None
     if not member:
-        if facts is not None and facts.generation:
+        if facts is not None and (facts.generation or job.phase == FINISHED):
             # It was a member: it learns the new membership, and that its trainers must go.
             return replace(base, roster=job.roster, finished=job.phase == FINISHED)
         waits = job.phase in (FORMING, PLANNING)

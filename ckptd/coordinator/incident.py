@@ -57,7 +57,12 @@ def trouble(state: State, job: Job) -> str:
                 for t in current.trainers
                 if t.generation == generation and t.state == TrainerState.DIED
             ]
-        if node.dead:
+        known = facts.generation if facts is not None else 0
+        adopted = job.phase == ADOPTING and node.report is not None
+        if node.forgot.get(job.spec.job) == generation or (adopted and known < generation):
+            # It would take the roster for new, and start this generation a second time.
+            failed.append(f"{name} came back without its memory")
+        elif node.dead:
             failed.append(f"node {name} died")
         elif facts is not None and facts.stopped_through >= generation:
             failed.append(f"{name} has stopped its trainers")

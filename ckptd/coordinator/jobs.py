@@ -91,6 +91,7 @@ def _adopting(state: State, job: Job) -> Moved:
         if state.now - max(job.since, job.progress.at) < patience:
             return job, []
     elif met:
+        # All members know this generation (else there is trouble): its orders may be repeated.
         return _enter(state, job, TRANSFERRING), []
     # How this generation was to come about is lost with the journal; what nodes hold is not.
     return _open_incident(state, job, "a new coordinator found the job neither running nor being started")

@@ -145,14 +145,14 @@ def _awake(state: State, at: float) -> State:
 def _reported(state: State, session: int, report: NodeReport) -> tuple[State, list[Effect]]:
     known = state.nodes.get(report.node)
     node = known if known is not None else Node(report.node, report.control_address)
-    over = session < node.session or (session == node.session and node.left is not None)
+    over = session < node.session or (session == node.session and not node.connected)
     if over or report.incarnation in node.past_incarnations:
         return state, []  # of a stream that ended
     fresh = node.report is None or node.dead
     effects: list[Effect] = []
     if node.report is not None and node.report.incarnation != report.incarnation:
         past = (*node.past_incarnations, node.report.incarnation)[-_KEPT_INCARNATIONS:]
-        node = replace(node, past_incarnations=past)
+        node = replace(node, past_incarnations=past, forgot=_forgotten(node, report))
         if not fresh:
             effects.append(_news(state, "node-joined", node.name, "its daemon was restarted"))
     elif node.report is not None and session == node.session and report.sequence <= node.report.sequence:
@@ -170,6 +170,15 @@ def _reported(state: State, session: int, report: NodeReport) -> tuple[State, li
             state, more = _learn(state, facts)
             effects += more
     return state, effects
+
+
+def _forgotten(node: Node, report: NodeReport) -> dict[str, int]:
+    forgot = dict(node.forgot)
+    for facts in node.report.jobs if node.report is not None else ():
+        now = report.job(facts.job)
+        if facts.generation > (now.generation if now is not None else 0):
+            forgot[facts.job] = facts.generation
+    return forgot
 
 
 def _learn(state: State, facts: JobFacts) -> tuple[State, list[Effect]]:
@@ -248,7 +257,8 @@ def _examine_nodes(state: State) -> tuple[State, list[Effect]]:
             probes += 1
             seen = detector.asked(seen, probes, state.now)
             effects.append(Probe(name, seen.control_address, probes))
-        if seen.dead and name not in jobs_of and state.now - (seen.left or 0.0) >= state.timing.forget_s:
+        unheard_s = state.now - max(seen.heard, seen.left or 0.0)
+        if seen.dead and name not in jobs_of and unheard_s >= state.timing.forget_s:
             del nodes[name]
             changed = True
         elif seen is not node:

@@ -71,6 +71,9 @@ class Node:
     suspect: bool = False
     dead: bool = False
     past_incarnations: tuple[int, ...] = ()
+    # Newest generation of each job that an earlier life of this node had accepted and this
+    # one does not know: its memory is gone, and so are its trainers.
+    forgot: Mapping[str, int] = field(default_factory=dict)
     sent: Directive | None = None
 
     @property

@@ -16,6 +16,8 @@ from ckptd.v1 import common_pb2, local_pb2
 PROTOCOL = 1
 MAX_FRAME_BYTES = 16 << 20
 _DRAIN_S = 0.05
+_FLUSH_S = 1.0
+_MAX_WAITING = 64  # frames
 _LENGTH = struct.Struct("<I")
 _CODES = {
     "InvalidRequest": common_pb2.ERROR_CODE_INVALID,
@@ -49,6 +51,7 @@ class FrameLink:
         self._sock = sock
         self._outbox: deque[tuple[local_pb2.DaemonMessage, int | None]] = deque()
         self._wake = asyncio.Event()
+        self._progress = asyncio.Event()  # replaced whenever a frame was sent
         self._writer = asyncio.create_task(self._write())
         self._ended = asyncio.Event()
         pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -87,9 +90,17 @@ class FrameLink:
         return message
 
     async def flush(self) -> None:
-        """Returns when everything queued has been sent (or the trainer is gone)."""
-        while self._outbox and not self._writer.done():
-            await asyncio.sleep(0)
+        """Returns when everything queued has been sent, or the trainer is gone or does not read."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._sent_down_to(0), _FLUSH_S)
+
+    async def room(self) -> None:
+        """Returns when the queue is short: a trainer that asks and does not read waits for itself."""
+        await self._sent_down_to(_MAX_WAITING)
+
+    async def _sent_down_to(self, count: int) -> None:
+        while len(self._outbox) > count and not self._writer.done():
+            await self._progress.wait()
 
     async def drained(self) -> None:
         """Returns when what a dead trainer sent has been served, or soon after.
@@ -130,12 +141,18 @@ class FrameLink:
                         data = data[await self._send_with(data, fd) :]
                     await loop.sock_sendall(self._sock, data)
                 except OSError:
+                    asyncio.get_running_loop().call_soon(self._progressed)
                     return  # the reader sees the end, too
                 if self._outbox and self._outbox[0][0] is message:
                     self._outbox.popleft()
+                self._progressed()
             self._wake.clear()
             if not self._outbox:
                 await self._wake.wait()
+
+    def _progressed(self) -> None:
+        self._progress.set()
+        self._progress = asyncio.Event()
 
     async def _send_with(self, data: memoryview, fd: int) -> int:
         loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ and no heavy work: others call it, do what it asks, and tell it the outcome.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from ckptd.daemon.job_memory import JobMemory
 from ckptd.erasure.groups import cut
 from ckptd.errors import InvalidRequest, StaleGeneration
 from ckptd.memory import budget, records
-from ckptd.memory.arena import Arena
+from ckptd.memory.arena import Arena, padded
 from ckptd.memory.holding import Holding, Parity, Place
 from ckptd.v1 import bulk_pb2, common_pb2, coordinator_pb2, local_pb2, memory_pb2
 
@@ -119,6 +120,7 @@ class Job:
         self.schedule = common_pb2.Schedule(generation=roster.generation)
         self.transfer = coordinator_pb2.Transfer(generation=roster.generation)
         self.start = None
+        self.finished = False  # a parked job lives again
         self.aborted.clear()
         self.grants.clear()
         self.unreachable.clear()
@@ -212,7 +214,7 @@ class Job:
         if arena is None:
             self.check_budget(plan.image_bytes, limit_bytes, held)
             arena = self.memory.make_rank_arena(trainer.rank, plan.plan_hash, self.slots, plan.image_bytes)
-        if arena.slot_bytes < plan.image_bytes:
+        if arena.slot_bytes != padded(plan.image_bytes):
             raise InvalidRequest("the same plan with another size", f"{plan.image_bytes:,} bytes")
         trainer.plan_hash, trainer.image_bytes = plan.plan_hash, plan.image_bytes
         self.grants.pop(trainer.rank, None)
@@ -266,10 +268,12 @@ class Job:
         """Notes that an image lies complete in its slot; it is still to be digested.
 
         Raises:
-            InvalidRequest: no such grant.
+            InvalidRequest: no such grant; a step that is still wanted is given up by the job.
         """
         place = self.grants.get(trainer.rank, {}).get(message.step)
         if place is None or place.slot != message.slot or message.plan_hash != trainer.plan_hash:
+            if message.step not in self._taken(trainer.rank):
+                self.abort(message.step)  # its image is nowhere, so nobody need wait for it
             raise InvalidRequest(
                 f"rank {trainer.rank} has no grant for step {message.step} in slot {message.slot}",
                 "the step was given up in the meantime",
@@ -280,7 +284,15 @@ class Job:
         return holding
 
     def abort(self, step: int) -> None:
-        """Gives a step up; the coordinator tells the others."""
+        """Gives a step up; the coordinator tells the others.
+
+        What others may count on stays: the step that this generation started from, the
+        watermark and what came before it, and a step that was reported as folded.
+        """
+        known = self.schedule.watermark if self.schedule.has_watermark else 0
+        holding = self.memory.holdings.get((self.generation, step))
+        if step <= max(known, self.roster.start.step) or (holding is not None and holding.folded):
+            return
         if self.generation and step not in self.aborted:
             self.aborted.add(step)
             self.memory.release((self.generation, step))
@@ -413,9 +425,7 @@ class Job:
     def discard(self) -> None:
         """Frees the job's memory and forgets it on this node."""
         self.memory.discard()
-        for path in self.directory.iterdir():
-            path.unlink()
-        self.directory.rmdir()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def rank_seal(rank: int, place: Place, digests: bytes) -> bulk_pb2.RankSeal:

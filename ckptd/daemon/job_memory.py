@@ -104,7 +104,7 @@ class JobMemory:
         self.folds.clear()
         for key, holding in list(self.holdings.items()):
             beyond = holding.generation < generation and holding.step > start_step
-            if beyond or not holding.rank_seals:
+            if beyond or not (holding.rank_seals or holding.folded):
                 self.release(key)
 
     def place_parity(self, holding: Holding, chunk_bytes: int, slots: int, start: Key) -> Parity | None:
@@ -152,15 +152,19 @@ class JobMemory:
         return [slot for slot in range(slots) if slot not in used]
 
     def _evict_parity(self, generation: int, start: Key) -> bool:
-        """Drops parity of an older generation; returns whether there was any.
+        """Drops parity of an older generation; returns whether there was any to drop.
 
-        Parity of a step that was never folded protects nothing certain and goes first;
-        the step that this generation started from goes last.
+        Parity of a step that was never folded protects nothing certain and goes first.
+        While this generation has no watermark, the step that it started from has no other
+        protection than its folded parity: one of those stays until the watermark frees it.
         """
         older = [h for h in self.holdings.values() if h.generation < generation and h.parity is not None]
+        starts = [h for h in older if h.folded and h.step == start[1]]
+        kept = max(starts, key=lambda h: (h.key == start, h.generation), default=None)
+        older = [h for h in older if h is not kept]
         if not older:
             return False
-        holding = min(older, key=lambda h: (h.folded, h.key == start, h.step))
+        holding = min(older, key=lambda h: (h.folded, h.step))
         holding.parity, holding.folded = None, False
         self.save(holding)
         return True

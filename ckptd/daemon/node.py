@@ -17,11 +17,15 @@ from ckptd.daemon.job import Job, State, Trainer, held_by
 from ckptd.daemon.protection import Protection
 from ckptd.daemon.settings import DaemonSettings, host_of
 from ckptd.daemon.transfer import Transfers
+from ckptd.erasure.groups import MAX_PARITY
 from ckptd.errors import InvalidRequest, NotFound, RankTaken
 from ckptd.memory import records
 from ckptd.v1 import common_pb2, coordinator_pb2, local_pb2
 
 log = logging.getLogger("ckptd.daemon")
+
+_MAX_LOCAL_RANKS = 1024
+_MAX_SLOTS = 64
 
 
 class Node:
@@ -117,6 +121,7 @@ class Node:
         job = self.make_job(directive.job, -1)
         job.set_spec(directive.spec)
         if directive.roster.generation > job.generation:
+            job.directory.mkdir(parents=True, exist_ok=True)  # it is gone once a job has finished
             job.accept(directive.roster)
             self.protection.follow(job)
         if directive.stop_through > job.stop_through:
@@ -173,12 +178,9 @@ class Node:
         Raises:
             InvalidRequest, RankTaken, StaleGeneration, NotFound: nothing was changed.
         """
+        _check_hello(hello)
+        await self._hand_over(header.job, link, hello)
         job = self._job_for(link, header, hello)
-        if job.owner_uid not in (-1, link.uid):
-            raise InvalidRequest(
-                f"job {job.name} belongs to uid {job.owner_uid}", f"this trainer has uid {link.uid}"
-            )
-        await self._hand_over(job, link, hello.rank)
         if self.standalone and not hello.reconnect:
             self._next_life(job, hello)
         elif header.generation:
@@ -229,21 +231,36 @@ class Node:
             )
         return job
 
-    async def _hand_over(self, job: Job, link: FrameLink, rank: int) -> None:
-        """Waits for a dying trainer of the same rank; a living one keeps its place."""
+    async def _hand_over(self, name: str, link: FrameLink, hello: local_pb2.Hello) -> None:
+        """Waits for a dying trainer of the same rank; a living one keeps its place.
+
+        Raises:
+            InvalidRequest, RankTaken: the job is another user's; the trainer lives on.
+        """
         deadline = time.monotonic() + self.settings.rank_handover_s
-        while True:
-            holder = job.trainers.get(rank)
-            if holder is None or holder.state != State.ALIVE or not holder.attached or holder.pid == link.pid:
+        while (job := self.jobs.get(name)) is not None:
+            if job.owner_uid not in (-1, link.uid):
+                raise InvalidRequest(
+                    f"job {name} belongs to uid {job.owner_uid}", f"this trainer has uid {link.uid}"
+                )
+            holder = self._in_the_way(job, link, hello)
+            if holder is None:
                 return
             left = deadline - time.monotonic()
             if left <= 0:
                 raise RankTaken(
-                    f"rank {rank} of job {job.name} is held by process {holder.pid}",
+                    f"rank {holder.rank} of job {name} is held by process {holder.pid}",
                     "it is alive",
                     "end it first, or give this job another name",
                 )
             await self.next_change(left)
+
+    def _in_the_way(self, job: Job, link: FrameLink, hello: local_pb2.Hello) -> Trainer | None:
+        """Another process that lives as this rank, or as any rank of a run of another size."""
+        member = job.member
+        resized = self.standalone and member is not None and len(member.ranks) != hello.world_size
+        others = (t for t in job.trainers.values() if t.state == State.ALIVE and t.attached)
+        return next((t for t in others if t.pid != link.pid and (resized or t.rank == hello.rank)), None)
 
     def _next_life(self, job: Job, hello: local_pb2.Hello) -> None:
         """Standalone: a trainer that comes after a death, or first, begins a new generation."""
@@ -308,6 +325,8 @@ class Node:
 
     def left(self, job: Job, trainer: Trainer, park: bool) -> None:
         """A trainer said goodbye."""
+        if self.jobs.get(job.name) is not job or job.trainers.get(trainer.rank) is not trainer:
+            return  # what it belonged to is gone; another job may have its name by now
         trainer.state, trainer.parks = State.FINISHED, park
         job.save()
         mine = [t for t in job.trainers.values() if t.generation == job.generation]
@@ -404,3 +423,20 @@ class Node:
     def close(self) -> None:
         self.protection.close()
         self._rendezvous.close()
+
+
+def _check_hello(hello: local_pb2.Hello) -> None:
+    """
+    Raises:
+        InvalidRequest: numbers that no job has.
+    """
+    local, world = hello.local_world_size, hello.world_size
+    if hello.rank >= world or not 0 < local <= min(world, _MAX_LOCAL_RANKS):
+        raise InvalidRequest(
+            f"rank {hello.rank} of {world} ranks, {local} of them on this node",
+            f"a rank is smaller than the world size, and a node has 1 to {_MAX_LOCAL_RANKS} ranks",
+        )
+    if hello.slots > _MAX_SLOTS or hello.parity > MAX_PARITY:
+        raise InvalidRequest(
+            f"{hello.slots} slots and parity {hello.parity}", f"at most {_MAX_SLOTS} and {MAX_PARITY}"
+        )

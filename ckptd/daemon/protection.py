@@ -12,6 +12,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from google.protobuf.message import DecodeError
+
 from ckptd.daemon.job import Job, rank_seal
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CorruptImage, DeadlineExceeded, InvalidRequest, NotFound
@@ -25,7 +27,6 @@ from ckptd.v1 import bulk_pb2, common_pb2
 log = logging.getLogger("ckptd.protection")
 
 T = TypeVar("T")
-_MAX_SEAL_BYTES = 256 << 20
 
 
 class Protection:
@@ -42,6 +43,7 @@ class Protection:
         self._jobs = jobs
         self._loop = loop
         self._pool = pool
+        self._limit_bytes = settings.limit_bytes()
         self._peers: dict[str, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.corrupt_cells = 0
@@ -60,6 +62,8 @@ class Protection:
         for node, address in wanted.items():
             if node not in self._peers:
                 self._peers[node] = self._connect(node, address)
+        # A connection that stays broken is news to this generation, and to another job.
+        job.unreachable |= {n for n in job.group if n in self._peers and self._peers[n].lost}
         self.resend(job)
 
     def captured(self, job: Job, holding: Holding, rank: int) -> None:
@@ -153,7 +157,7 @@ class Protection:
             count = max(0, min(chunk_bytes // CELL_BYTES, total - first_of_chunk))
             for first in range(0, max(count, 1), BLOCK_CELLS):
                 if not wanted():
-                    raise NotFound(f"step {holding.step} was given up while it was sent")
+                    return  # given up meanwhile; the peer waits for nothing
                 cells = min(BLOCK_CELLS, count - first)
                 contribution = bulk_pb2.Contribution(
                     step=holding.step,
@@ -247,11 +251,10 @@ class Protection:
             raise DeadlineExceeded(f"node {self._settings.node} is too busy") from error
 
     def _take_seal(self, connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
-        if frame.payload_bytes > _MAX_SEAL_BYTES:
-            raise InvalidRequest("seal record too long", f"{frame.payload_bytes:,} bytes")
-        text = bytearray(frame.payload_bytes)
-        connection.receive_into(memoryview(text))
-        record = bulk_pb2.SealRecord.FromString(bytes(text))
+        try:
+            record = bulk_pb2.SealRecord.FromString(connection.receive_text(frame.payload_bytes))
+        except DecodeError as error:
+            raise InvalidRequest(f"the seal record of {frame.sender} does not parse", str(error)) from error
         self._on_loop(self._note_seal(frame, record))
         connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
 
@@ -263,11 +266,12 @@ class Protection:
         holding = self._incoming(job, step)
         if holding is None:
             return
-        if frame.sender not in holding.group:
-            raise InvalidRequest(f"node {frame.sender} is not in the group of {self._settings.node}")
-        holding.seals[frame.sender] = record
-        job.memory.save(holding)
-        self._contribute(job, holding)
+        if frame.sender not in holding.group or frame.sender == holding.position:
+            raise InvalidRequest(f"node {frame.sender} is no peer of {self._settings.node} for step {step}")
+        if holding.seals.get(frame.sender) != record:  # else it came again after a broken connection
+            holding.seals[frame.sender] = record
+            job.memory.save(holding)
+            self._contribute(job, holding)
         self._check_folded(job, holding)
 
     def _job_of(self, frame: bulk_pb2.BulkHeader) -> Job:
@@ -298,23 +302,24 @@ class Protection:
         connection.receive_into(cells)
         target = self._on_loop(self._fold_of(frame))
         if target is not None:
-            holding, fold, node, digests = target
+            holding, fold, node, total, digests = target
             if mismatches(cells, digests):
                 self.corrupt_cells += 1
                 raise CorruptImage(f"cells of step {contribution.step} changed on their way")
             try:
                 fold.add(contribution.stripe, node, contribution.chunk, contribution.first_cell, cells)
+                complete = contribution.final and fold.finish(contribution.stripe, node, total)
             except ValueError as error:
                 raise InvalidRequest(
                     f"contribution to step {contribution.step} refused", str(error)
                 ) from error
-            if contribution.final and fold.finish(contribution.stripe, node):
+            if complete:
                 self._on_loop(self._note_folded(holding, fold, fold.digests(), frame.header.job))
         if contribution.final:
             connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
 
-    async def _fold_of(self, frame: bulk_pb2.BulkHeader) -> tuple[Holding, Fold, int, bytes] | None:
-        """Where a contribution goes, and the digests that its cells must have."""
+    async def _fold_of(self, frame: bulk_pb2.BulkHeader) -> tuple[Holding, Fold, int, int, bytes] | None:
+        """Where a contribution goes, its cells in all, and the digests that those sent now must have."""
         job, contribution = self._job_of(frame), frame.contribution
         holding = self._incoming(job, contribution.step)
         if holding is None or holding.folded:
@@ -332,19 +337,24 @@ class Protection:
             raise InvalidRequest(
                 f"chunks of {contribution.chunk_bytes:,} bytes", f"expected {holding.parity.chunk_bytes:,}"
             )
-        first = contribution.chunk * contribution.chunk_bytes // CELL_BYTES + contribution.first_cell
+        first_of_chunk = contribution.chunk * contribution.chunk_bytes // CELL_BYTES
+        left = (node_bytes(seal) - first_of_chunk * CELL_BYTES) // CELL_BYTES
+        total = max(0, min(contribution.chunk_bytes // CELL_BYTES, left))
+        first = first_of_chunk + contribution.first_cell
         count = frame.payload_bytes // CELL_BYTES
         digests = node_digests(seal)[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
         if len(digests) != count * DIGEST_BYTES:
             raise InvalidRequest(f"cells beyond the end of {frame.sender}'s image")
-        return holding, fold, holding.group.index(frame.sender), digests
+        return holding, fold, holding.group.index(frame.sender), total, digests
 
     async def _begin_fold(self, job: Job, holding: Holding, chunk_bytes: int) -> Fold | None:
         """Finds a parity slot, waiting for the watermark to free one; None if the step was given up."""
         longest = max(node_bytes(seal) for seal in holding.seals.values())
         smallest = holding.geometry.chunk_bytes(longest)
-        if not smallest <= chunk_bytes <= max(smallest, self._settings.limit_bytes()):
-            raise InvalidRequest(f"chunks of {chunk_bytes:,} bytes", f"at least {smallest:,} expected")
+        if chunk_bytes % CELL_BYTES or not smallest <= chunk_bytes <= max(smallest, self._limit_bytes):
+            raise InvalidRequest(
+                f"chunks of {chunk_bytes:,} bytes", f"whole cells, at least {smallest:,} bytes, expected"
+            )
         while job.memory.holdings.get(holding.key) is holding and holding.key not in job.memory.folds:
             parity = job.place_parity(holding, chunk_bytes)
             if parity is not None:

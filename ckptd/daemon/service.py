@@ -35,7 +35,10 @@ class DaemonService(daemon_pb2_grpc.DaemonServicer):
     async def Orders(
         self, request: daemon_pb2.OrdersRequest, context: Context
     ) -> AsyncIterator[daemon_pb2.Order]:
-        stop_sent = start_sent = request.header.generation
+        # The launcher's newest order may have been the start of the very generation that is
+        # to be stopped by now, so its stop is said again; obeying twice does no harm.
+        start_sent = request.header.generation
+        stop_sent = max(0, start_sent - 1)
         while True:
             job = self._node.jobs.get(request.header.job)
             if job is not None:
@@ -61,8 +64,10 @@ class DaemonService(daemon_pb2_grpc.DaemonServicer):
                     self._node.exited(job, generation, trainer.rank, trainer.pid, trainer.status)
                 else:
                     self._node.launched(job, generation, trainer.rank, trainer.pid)
-            if request.stopped and generation > job.confirmed_stopped:
-                job.confirmed_stopped = generation
+            # What may still be started cannot have been confirmed as gone.
+            stopped = min(generation, job.stop_through) if request.stopped else 0
+            if stopped > job.confirmed_stopped:
+                job.confirmed_stopped = stopped
                 job.save()
             self._node.changed()
             return daemon_pb2.ConfirmReply()

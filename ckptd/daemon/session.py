@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from ckptd.daemon.job import Job
 from ckptd.daemon.node import Node
 from ckptd.errors import CkptdError
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc, daemon_pb2, daemon_pb2_grpc
@@ -58,7 +59,7 @@ class Session:
                 continue
             for job in list(self._node.jobs.values()):
                 if job.member is not None and not job.finished and job.living():
-                    await self._ask_lowest(job.name)
+                    await self._ask_lowest(job)
 
     def _connected(self, up: bool) -> None:
         if up != self._node.coordinator_connected:
@@ -81,15 +82,14 @@ class Session:
             yield self._node.report(self._sequence)
             await self._node.next_change(self._node.settings.heartbeat_s)
 
-    async def _ask_lowest(self, name: str) -> None:
-        job = self._node.job(name)
+    async def _ask_lowest(self, job: Job) -> None:
         for member in list(job.roster.members):
             if member.node == self._node.settings.node:
                 self._node.reschedule(job)
                 return
             request = daemon_pb2.FactsRequest(
                 header=common_pb2.Header(
-                    job=name, generation=job.generation, timeout_ms=int(_FACTS_TIMEOUT_S * 1000)
+                    job=job.name, generation=job.generation, timeout_ms=int(_FACTS_TIMEOUT_S * 1000)
                 ),
                 node=self._node.settings.node,
                 report=job.report(),

@@ -11,13 +11,15 @@ from pathlib import Path
 from ckptd.daemon.frames import PROTOCOL, FrameLink, failure
 from ckptd.daemon.job import Job, Trainer
 from ckptd.daemon.node import Node
-from ckptd.errors import CkptdError, InvalidRequest, ProtocolMismatch
+from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, NotFound, ProtocolMismatch
 from ckptd.image.names import check_name
 from ckptd.v1 import coordinator_pb2, local_pb2
 
 log = logging.getLogger("ckptd.trainers")
 
 Transfer = coordinator_pb2.Transfer
+_HELLO_S = 10.0
+_CROWDED_S = 0.1  # a pause while no descriptor is free
 
 
 class TrainerServer:
@@ -27,10 +29,15 @@ class TrainerServer:
         self._node = node
         self._path = path
         self._tasks: set[asyncio.Task[None]] = set()
-        if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()  # a dead daemon's: the caller holds the lock on the memory
+        _clear(path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
+        try:
+            self._listener.bind(str(path))
+        except OSError as error:
+            self._listener.close()
+            raise InvalidRequest(
+                f"cannot listen on {path}", error.strerror or str(error), "choose another --socket"
+            ) from error
         path.chmod(mode)
         self._listener.listen(128)
         self._listener.setblocking(False)
@@ -39,7 +46,12 @@ class TrainerServer:
         """Accepts trainers until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(self._listener)
+            try:
+                sock, _ = await loop.sock_accept(self._listener)
+            except OSError as error:
+                log.warning("cannot accept a trainer: %s", error)
+                await asyncio.sleep(_CROWDED_S)
+                continue
             task = loop.create_task(self._serve_one(FrameLink(sock)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -66,6 +78,26 @@ class TrainerServer:
             link.close()
 
 
+def _clear(path: Path) -> None:
+    """Removes a dead daemon's socket.
+
+    Raises:
+        InvalidRequest: the daemon behind it lives.
+    """
+    if not path.exists() or not stat.S_ISSOCK(path.lstat().st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            pass  # its backlog is full
+        except OSError:
+            path.unlink()
+            return
+    raise InvalidRequest(f"another daemon listens on {path}", "", "stop it, or choose another --socket")
+
+
 class _Session:
     """One trainer's conversation."""
 
@@ -74,19 +106,26 @@ class _Session:
         self._link = link
         self._job: Job
         self._trainer: Trainer
+        self._left = False
 
     async def run(self) -> None:
-        first = await self._link.receive()
+        try:
+            first = await asyncio.wait_for(self._link.receive(), _HELLO_S)
+        except TimeoutError:
+            return  # whoever connects and says nothing must not fill the daemon's descriptors
         if first is None:
             return
         await self._hello(first)
         while (message := await self._link.receive()) is not None:
+            if self._left:
+                continue
             try:
                 await self._dispatch(message)
             except CkptdError as error:
                 if self._stale():
                     raise
                 self._link.send(failure(error))
+            await self._link.room()
 
     def _stale(self) -> bool:
         trainer = self._trainer
@@ -119,8 +158,11 @@ class _Session:
     async def _dispatch(self, message: local_pb2.TrainerMessage) -> None:
         body = message.WhichOneof("body")
         if body == "goodbye":
+            self._left = True
             self._node.left(self._job, self._trainer, message.goodbye.park)
             return
+        if self._node.jobs.get(self._job.name) is not self._job:
+            raise NotFound(f"the memory of job {self._job.name} was freed", "", "attach again")
         self._job.refuse_stale(self._trainer.generation)
         if body == "plan":
             self._plan(message.plan)
@@ -174,8 +216,9 @@ class _Session:
         # A fresh start has no transfer to wait for.
         while start.step and job.transfer.state in (Transfer.STATE_UNSPECIFIED, Transfer.RUNNING):
             if loop.time() > deadline:
-                raise InvalidRequest(f"job {job.name} is not restored within {timeout_s:.0f} s")
+                raise DeadlineExceeded(f"job {job.name} is not restored within {timeout_s:g} s")
             await self._node.next_change(max(0.0, deadline - loop.time()))
+            job.refuse_stale(self._trainer.generation)  # else it would get another generation's state
         if job.transfer.state == Transfer.FAILED:
             raise InvalidRequest(
                 f"job {job.name} cannot start from step {job.roster.start.step}", job.transfer.reason

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ckptd.daemon.job import Job
 from ckptd.daemon.protection import Protection
 from ckptd.daemon.settings import DaemonSettings
-from ckptd.errors import CkptdError, CorruptImage, NotFound
+from ckptd.errors import CkptdError, CorruptImage, NoSpace, NotFound
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
 from ckptd.memory.holding import Holding, Place, node_digests
 from ckptd.memory.rebuild import Rebuild
@@ -51,6 +51,9 @@ class Transfers:
         except CkptdError as error:
             log.error("job %s: cannot start from step %d: %s", job.name, job.roster.start.step, error)
             outcome.state, outcome.reason = State.FAILED, str(error)
+        except Exception as error:  # the task's top frame: nobody else would hear of it
+            log.exception("job %s: cannot start from step %d", job.name, job.roster.start.step)
+            outcome.state, outcome.reason = State.FAILED, repr(error)
         outcome.seconds = time.monotonic() - began
         if job.generation != order.generation:
             return
@@ -112,6 +115,8 @@ class Transfers:
         holding = self._place(job, order, seal, rebuild.seals)
 
         def sink(first_cell: int, cells: memoryview) -> None:
+            if job.generation != order.generation:
+                raise job.stale(order.generation)  # the slot may be another generation's by now
             for view in holding.data_cells(first_cell, len(cells) // CELL_BYTES):
                 view[:] = cells[: len(view)]
                 cells = cells[len(view) :]
@@ -148,6 +153,8 @@ class Transfers:
                 job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
                 arena = job.memory.make_rank_arena(rank.rank, rank.plan_hash, job.slots, rank.image_bytes)
             free = job.memory.free_slots(arena)
+            if not free:
+                raise NoSpace(f"no slot of rank {rank.rank} is free on node {job.node} for step {start.step}")
             holding.places[rank.rank] = Place(arena, free[0], rank.image_bytes)
         return holding
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptd.demo import killer
 from ckptd.demo.children import Children, RecordPipe
-from ckptd.demo.options import STRIKE_WINDOW_STEPS, WARMUP_STEPS, DemoFailed
+from ckptd.demo.options import STRIKE_WINDOW_STEPS, DemoFailed
 
 # An answer comes this long after the strike at the latest.
 ANSWER_S = 10.0
@@ -26,19 +26,18 @@ class Draw:
     """A seed's choice: which ranks are hit, and where in the window of time the strike falls."""
 
     ranks: tuple[int, ...]
-    after_step: int
     # In [0, 1) of the window.
     at: float
 
     def delay_s(self, step_s: float) -> float:
-        """From `after_step` to the strike: a time, not a step."""
+        """From now to the strike: a time, not a step."""
         return self.at * STRIKE_WINDOW_STEPS * step_s
 
 
-def draw(name: str, seed: int, ranks: int, victims: int, after_step: int = WARMUP_STEPS) -> Draw:
+def draw(name: str, seed: int, ranks: int, victims: int) -> Draw:
     """The choice of `seed` for the strike called `name`; any rank can be hit, rank 0 included."""
     chance = random.Random(f"{name}:{seed}")
-    return Draw(tuple(sorted(chance.sample(range(ranks), victims))), after_step, chance.random())
+    return Draw(tuple(sorted(chance.sample(range(ranks), victims))), chance.random())
 
 
 class Killer:

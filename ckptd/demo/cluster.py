@@ -22,7 +22,7 @@ from ckptd.demo.channels import channel, serving
 from ckptd.demo.children import Child, Children, RecordPipe
 from ckptd.demo.launcher import Launcher
 from ckptd.demo.options import DemoFailed, ResolvedOptions
-from ckptd.demo.scratch import SLOTS, Scratch
+from ckptd.demo.scratch import SLOTS, Scratch, memory_limit_bytes
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc, daemon_pb2_grpc
 
 JOB = "gpt-demo"
@@ -110,6 +110,7 @@ class Cluster:
             "bulk": node.bulk,
             "socket": str(node.socket),
             "memory-dir": str(node.memory),
+            "memory-limit-bytes": str(memory_limit_bytes(self.options)),
             "coordinator": self._address,
         }
         argv = ["daemon", *(word for flag, value in flags.items() for word in (f"--{flag}", value))]

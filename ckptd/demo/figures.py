@@ -1,9 +1,9 @@
 """From the coordinator's timeline, the killer's clock and the trainers' words to figures.  Pure.
 
 All times are CLOCK_MONOTONIC of one machine.  A recovery is cut into phases that
-touch each other: killed -> incident (detected), -> committed (planned: old trainers
-stopped, plan made and journalled), -> transferred (moved and verified), -> started
--> first step of every rank (restart).
+touch each other: killed -> first alarm (detected), -> committed (planned: evidence
+confirmed, old trainers stopped, plan made and journalled), -> transferred (moved and
+verified), -> started -> first step of every rank (restart).
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from ckptd.demo.history import History
 
 # From cheap to dear; the demo names the dearest that any rank needed.
 RUNGS = ("none", "own-memory", "replica", "parity")
+
+# The coordinator has noticed that something is wrong.
+ALARMS = ("node-suspect", "node-dead", "incident")
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,17 @@ def recovery(events: Sequence[Event], history: History, struck_s: float, generat
     assert before is not None, f"the strike fell into generation {generation}, which never ran"
     assert resumed is not None
     assert back_s is not None
-    incident = _first(events, "incident", struck_s)
-    committed = _first(events, "committed", incident)
-    transferred = _first(events, "transferred", committed)
-    started = _first(events, "started", transferred)
+    noticed = _first(events, struck_s, *ALARMS)
+    committed = _first(events, noticed, "committed")
+    transferred = _first(events, committed, "transferred")
+    started = _first(events, transferred, "started")
     return Recovery(
         killed_at_step=before,
         resumed_at_step=resumed,
         lost_steps=before - resumed,
         rung=max(history.rungs(after), key=RUNGS.index),
-        detected_s=incident - struck_s,
-        planned_s=committed - incident,
+        detected_s=noticed - struck_s,
+        planned_s=committed - noticed,
         transferred_s=transferred - committed,
         restart_s=back_s - started,
         resumed_s=back_s - struck_s,
@@ -93,10 +96,10 @@ def _lines(event: Event, zero_s: float) -> list[str]:
     return [f"{event.at_s - zero_s:+9.3f} s  {first}", *(f"{'':13}{line}" for line in more)]
 
 
-def _first(events: Iterable[Event], name: str, from_s: float) -> float:
-    """When `name` first happened at or after `from_s`."""
-    times = [event.at_s for event in events if event.name == name and event.at_s >= from_s]
-    assert times, f"the timeline has no {name!r} after {from_s:.3f}"
+def _first(events: Iterable[Event], from_s: float, *names: str) -> float:
+    """When one of `names` first happened at or after `from_s`."""
+    times = [event.at_s for event in events if event.name in names and event.at_s >= from_s]
+    assert times, f"the timeline has no {' or '.join(names)} after {from_s:.3f}"
     return min(times)
 
 

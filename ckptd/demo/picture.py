@@ -9,15 +9,16 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from ckptd.demo.board import Board, NodeView
+from ckptd.demo.figures import Event
 
 REFRESH_S = 0.15
 PROGRESS_EVERY_STEPS = 10
 EVENTS_SHOWN = 8
+BAR_WIDTH = 60
 
 STATE_STYLE = {
     "active": "green",
@@ -96,17 +97,17 @@ class Picture:
             board.phase,
         )
         parts: list[RenderableType] = [Text(self._title, style="bold"), facts]
-        if board.control_step is None:
-            parts.append(ProgressBar(total=board.steps, completed=step, width=60))
-        else:
-            parts.append(Text.assemble(("control ", "dim"), f"step {board.control_step}/{board.steps}"))
-            parts.append(ProgressBar(total=board.steps, completed=board.control_step, width=60))
-        recent = [
-            f"{event.at_s - self._began_s:7.2f} s  {event.text or event.name}" for event in board.events
-        ]
-        return Group(
-            *parts, self._nodes(), Text("\n".join(recent[-EVENTS_SHOWN:])), Text(f"> {board.now}", "bold")
-        )
+        done = step
+        if board.control_step is not None:
+            done = board.control_step
+            parts.append(Text.assemble(("control ", "dim"), f"step {done}/{board.steps}"))
+        parts += [_bar(done, board.steps), self._nodes()]
+        parts += [Text(self._moment(event)) for event in board.events[-EVENTS_SHOWN:]]
+        return Group(*parts, Text(f"> {board.now}", "bold"))
+
+    def _moment(self, event: Event) -> str:
+        first = (event.text or event.name).partition("\n")[0]
+        return f"{event.at_s - self._began_s:7.2f} s  {first}"
 
     def _nodes(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -129,6 +130,11 @@ class Picture:
         row = [Text(cell) for cell in cells]
         row[1] = Text(node.state, STATE_STYLE.get(node.state, ""))
         return [*row, Text(node.harm, "bold red")]
+
+
+def _bar(done: int, steps: int) -> Text:
+    full = BAR_WIDTH * done // steps
+    return Text.assemble(("━" * full, "green"), ("━" * (BAR_WIDTH - full), "bright_black"))
 
 
 def _number(step: int | None) -> str:

@@ -97,7 +97,7 @@ class DemoResult:
         return [
             f"killed at step {back.killed_at_step}, resumed at step {back.resumed_at_step}: "
             f"{back.lost_steps} completed steps done again, state from {back.rung}",
-            f"{back.own_s:.3f} s of ckptd's own: detected {back.detected_s:.3f}, "
+            f"{back.own_s:.3f} s of ckptd's own: detected {back.detected_s:.3f}, confirmed, stopped and "
             f"planned {back.planned_s:.3f}, moved and verified {back.transferred_s:.3f}",
             f"{back.restart_s:.2f} s of the trainers' start: {parts}",
             f"{back.resumed_s:.2f} s from the strike to the first step",

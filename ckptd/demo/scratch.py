@@ -60,12 +60,15 @@ def scratch(options: ResolvedOptions) -> Iterator[Scratch]:
         os.close(lock)
 
 
+def memory_limit_bytes(options: ResolvedOptions) -> int:
+    """What each node's daemon may take: the nodes share one tmpfs, which real ones do not."""
+    image = STATE_BYTES // options.nodes + IMAGE_EXTRA_BYTES
+    return budget.needed_bytes(image, 1, SLOTS, options.nodes, options.parity)
+
+
 def check_space(options: ResolvedOptions, shm: Path) -> None:
     """Raises NoSpace where the tmpfs has less room than all nodes of this demo together need."""
-    image = STATE_BYTES // options.nodes + IMAGE_EXTRA_BYTES
-    each = budget.needed_bytes(image, 1, SLOTS, options.nodes, options.parity) - budget.TRANSFER_BYTES
-    # A daemon takes nine tenths of what it finds at most.
-    needed = each * (options.nodes + options.spares) * 10 // 9
+    needed = (memory_limit_bytes(options) - budget.TRANSFER_BYTES) * (options.nodes + options.spares)
     stat = os.statvfs(shm)
     free = stat.f_bavail * stat.f_frsize
     if free < needed:

@@ -47,11 +47,12 @@ class Scene:
         await board.until(lambda: (board.watermark or 0) > done, BACK_S, f"a protected step after {done}")
         board.tell("protected-anew", f"protection is back: step {board.watermark} is protected")
 
-    def drawn(self, name: str, victims: int, after_step: int = WARMUP_STEPS) -> tuple[Draw, list[Node]]:
-        """This seed's choice and the nodes of its ranks."""
-        choice = draw(
-            f"{self.options.kill}/{name}", self.options.seed, self.options.nodes, victims, after_step
-        )
+    async def drawn(
+        self, name: str, victims: int = 1, after_step: int = WARMUP_STEPS
+    ) -> tuple[Draw, list[Node]]:
+        """This seed's choice and the nodes of its ranks, once `after_step` is completed."""
+        await self.step(after_step)
+        choice = draw(f"{self.options.kill}/{name}", self.options.seed, self.options.nodes, victims)
         return choice, [self.cluster.node_of(rank) for rank in choice.ranks]
 
     async def strike(
@@ -63,13 +64,19 @@ class Scene:
         delay_s = choice.delay_s(board.history.step_s() or 0.0)
         struck_s = await self.killer.strike(signals, remove, delay_s)
         board.tell("strike", text, struck_s)
-        await board.until(lambda: self._back(generation), BACK_S, "the job's first step after the strike")
+        await board.until(
+            lambda: self._back(generation) is not None, BACK_S, "the job's first step after the strike"
+        )
         board.calm = True
+        back_s, step = self._back(generation) or 0.0, board.history.reached()
+        board.tell("back", f"the job is back: every rank has completed step {step}", back_s)
         return Struck(struck_s, generation)
 
-    def _back(self, generation: int) -> bool:
+    def _back(self, generation: int) -> float | None:
+        """When a newer generation had completed its first step."""
         history = self.board.history
-        return any(g > generation and history.first_step_s(g) is not None for g in history.generations())
+        times = [history.first_step_s(g) for g in history.generations() if g > generation]
+        return min((time_s for time_s in times if time_s is not None), default=None)
 
 
 async def none(scene: Scene) -> None:
@@ -78,8 +85,7 @@ async def none(scene: Scene) -> None:
 
 async def rank(scene: Scene) -> Struck:
     """SIGKILL to one trainer; its node's daemon and memory stay."""
-    choice, (node,) = scene.drawn("rank", 1)
-    await scene.step(choice.after_step)
+    choice, (node,) = await scene.drawn("rank")
     (trainer,) = node.launcher.living()
     node.harmed(scene.board, "trainer killed")
     return await scene.strike(
@@ -91,8 +97,7 @@ async def rank(scene: Scene) -> Struck:
 
 async def node(scene: Scene, name: str = "node", victims: int = 1, after_step: int = WARMUP_STEPS) -> Struck:
     """SIGKILL to trainer and daemon of `victims` nodes at one moment, and removal of their memory."""
-    choice, nodes = scene.drawn(name, victims, after_step)
-    await scene.step(choice.after_step)
+    choice, nodes = await scene.drawn(name, victims, after_step)
     for victim in nodes:
         victim.doomed = True
         victim.harmed(scene.board, "killed, memory removed")
@@ -112,8 +117,7 @@ async def two_nodes(scene: Scene) -> Struck:
 async def node_silent(scene: Scene) -> Struck:
     """SIGSTOP to all processes of one node; continued when the job runs again, they must change nothing."""
     board = scene.board
-    choice, nodes = scene.drawn("node-silent", 1)
-    await scene.step(choice.after_step)
+    choice, nodes = await scene.drawn("node-silent")
     (victim,) = nodes
     stale, pids = victim.launcher.living(), victim.pids()
     victim.harmed(board, "stopped")
@@ -135,8 +139,7 @@ async def node_silent(scene: Scene) -> Struck:
 async def daemon(scene: Scene) -> Struck:
     """SIGKILL to a daemon, which is restarted; after a newly protected step a node is killed."""
     board = scene.board
-    choice, (victim,) = scene.drawn("daemon", 1)
-    await scene.step(choice.after_step)
+    choice, (victim,) = await scene.drawn("daemon")
     assert victim.daemon is not None
     victim.doomed = True
     delay_s = choice.delay_s(board.history.step_s() or 0.0)
@@ -154,8 +157,7 @@ async def daemon(scene: Scene) -> Struck:
 async def coordinator(scene: Scene) -> Struck:
     """SIGKILL to the coordinator, which is restarted; after a newly protected step a node is killed."""
     board, cluster = scene.board, scene.cluster
-    choice, _ = scene.drawn("coordinator", 1)
-    await scene.step(choice.after_step)
+    choice, _ = await scene.drawn("coordinator")
     assert cluster.coordinator is not None
     cluster.coordinator_doomed = True
     delay_s = choice.delay_s(board.history.step_s() or 0.0)

@@ -108,5 +108,9 @@ def sentence(told: coordinator_pb2.TimelineEvent) -> str:
             return "the coordinator has seen the job's end"
         case "node-joined":
             return " ".join(filter(None, [f"{nodes} joined", told.text and f"({told.text})"]))
+        case "node-suspect":
+            return f"{nodes} is suspected: {told.text}"
+        case "node-dead":
+            return f"{nodes} is dead: {told.text}"
         case _:
             return " ".join(filter(None, [told.name.replace("-", " "), nodes, told.text]))

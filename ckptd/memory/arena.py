@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import stat
 from pathlib import Path
 
 from ckptd.errors import CorruptImage, NoSpace
@@ -42,36 +43,42 @@ class Arena:
             NoSpace: the tmpfs cannot hold it; the message holds the numbers.
         """
         slot_bytes = padded(slot_bytes)
+        assert slots > 0 and slot_bytes > 0
         path = directory / f"{label}.{plan_hash.hex()}.{slots}.arena"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             # posix_fallocate: without it a full tmpfs is a SIGBUS in the trainer.
             os.posix_fallocate(fd, 0, slots * slot_bytes)
+            return cls(path, fd, slots, slot_bytes, plan_hash)
         except OSError as error:
             os.close(fd)
             path.unlink()
-            stat = os.statvfs(directory)
+            disk = os.statvfs(directory)
             raise NoSpace(
                 f"no room for {slots * slot_bytes:,} bytes on {directory}",
-                f"{error.strerror}; {stat.f_bavail * stat.f_frsize:,} of"
-                f" {stat.f_blocks * stat.f_frsize:,} bytes are free",
+                f"{error.strerror}; {disk.f_bavail * disk.f_frsize:,} of"
+                f" {disk.f_blocks * disk.f_frsize:,} bytes are free",
                 "enlarge it (in a container: --shm-size), or point --memory-dir at a larger tmpfs",
             ) from error
-        return cls(path, fd, slots, slot_bytes, plan_hash)
 
     @classmethod
     def adopt(cls, path: Path) -> Arena:
         """Maps the file that an earlier daemon left.
 
         Raises:
-            CorruptImage: its name or size is not that of an arena.
+            CorruptImage: its name or size is not that of an arena, or it cannot be opened as a file.
         """
         match = _NAME.fullmatch(path.name)
-        size = path.stat().st_size
         slots = int(match["slots"]) if match else 0
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise CorruptImage(f"{path} is not an arena", str(error)) from error
+        found = os.fstat(fd)
+        size = found.st_size if stat.S_ISREG(found.st_mode) else 0
         if match is None or slots == 0 or size == 0 or size % (slots * CELL_BYTES):
+            os.close(fd)
             raise CorruptImage(f"{path} is not an arena", f"its name or its size of {size} bytes is wrong")
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         return cls(path, fd, slots, size // slots, bytes.fromhex(match["plan"]))
 
     @property

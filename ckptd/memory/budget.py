@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ckptd.erasure.stripe import Geometry
 from ckptd.errors import NoSpace
 from ckptd.memory.arena import padded
 
@@ -13,7 +14,8 @@ TRANSFER_BYTES = 16 << 20  # receive and send buffers of the bulk plane, per job
 def needed_bytes(image_bytes: int, ranks: int, slots: int, nodes: int, parity: int) -> int:
     """Bytes that a job takes on this node.
 
-    Images times (slots x (1 + m/(n-m))), plus transfer buffers (design, section 4).
+    Images times (slots x (1 + m/(n-m))), plus transfer buffers (design, section 4), each
+    chunk of parity rounded up to whole cells.
 
     Args:
         image_bytes: of one rank.
@@ -22,10 +24,10 @@ def needed_bytes(image_bytes: int, ranks: int, slots: int, nodes: int, parity: i
         nodes: in the erasure group.
         parity: m; a group of fewer than m + 1 nodes holds no parity.
     """
-    images = padded(image_bytes) * ranks * slots
-    chunks = nodes - parity
-    parity_bytes = -(-images * parity // chunks) if parity and chunks > 0 else 0
-    return images + parity_bytes + TRANSFER_BYTES
+    images = padded(image_bytes) * ranks
+    protected = 1 <= parity < nodes
+    chunks = parity * Geometry(nodes, parity).chunk_bytes(images) if protected else 0
+    return slots * (images + chunks) + TRANSFER_BYTES
 
 
 def check(job: str, needed: int, limit: int, held: Mapping[str, int]) -> int:

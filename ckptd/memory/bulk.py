@@ -12,11 +12,12 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 from google.protobuf.message import DecodeError
 
-from ckptd.errors import CkptdError, DeadlineExceeded, ProtocolMismatch, Unreachable
+from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, ProtocolMismatch, Unreachable
 from ckptd.image.digest import CELL_BYTES
 from ckptd.v1 import bulk_pb2, common_pb2
 
@@ -26,9 +27,15 @@ PROTOCOL = 1
 BLOCK_CELLS = 16  # 1 MiB: large enough for full speed, small enough to yield
 BLOCK_BYTES = BLOCK_CELLS * CELL_BYTES
 MAX_HEADER_BYTES = 64 << 10
-MAX_PAYLOAD_BYTES = 1 << 30  # a seal record of 64 TiB of state; cells come in blocks
+MAX_PAYLOAD_BYTES = 256 << 20  # the seal record of a node with 1 TiB of state; cells come in blocks
 _LENGTH = struct.Struct("<I")
 _IOV_MAX = 512  # below the kernel's 1024
+_PARTING_S = 1.0  # how long a refused peer may take to read why
+_CROWDED_S = 0.1  # a pause where the machine has no descriptors or threads left
+
+
+class Refusal(CkptdError):
+    """The peer is well, and refused what was asked; the words are its own."""
 
 
 class Connection:
@@ -36,13 +43,17 @@ class Connection:
 
     Raises (every method):
         Unreachable: the peer is gone.
-        DeadlineExceeded: it did not answer in time.
+        DeadlineExceeded: a frame, or its payload, did not pass in time.
     """
 
     def __init__(self, sock: socket.socket, timeout_s: float) -> None:
         self._sock = sock
         self._timeout_s = timeout_s
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # a peer that is gone already is noticed when it is read from
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # An idle connection whose peer lost its power ends, too.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s)))
         sock.settimeout(timeout_s)
 
     @classmethod
@@ -51,7 +62,7 @@ class Connection:
         host, _, port = address.rpartition(":")
         try:
             return cls(socket.create_connection((host, int(port)), timeout=timeout_s), timeout_s)
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise Unreachable(f"no bulk connection to {address}", str(error)) from error
 
     def send(self, header: bulk_pb2.BulkHeader, payload: Sequence[memoryview] = ()) -> None:
@@ -61,6 +72,7 @@ class Connection:
         text = header.SerializeToString()
         assert len(text) <= MAX_HEADER_BYTES
         with self._errors("sending"):
+            end = time.monotonic() + self._timeout_s
             views = [memoryview(_LENGTH.pack(len(text)) + text), *payload]
             while views:
                 sent = self._sock.sendmsg(views[:_IOV_MAX])
@@ -68,6 +80,8 @@ class Connection:
                     sent -= views.pop(0).nbytes
                 if sent:
                     views[0] = views[0][sent:]
+                if views and time.monotonic() > end:
+                    raise TimeoutError("bytes went out too slowly")
 
     def receive(self, *, idle: bool = False) -> bulk_pb2.BulkHeader | None:
         """The next frame's header, or None at an orderly end; its payload is still to be read.
@@ -110,29 +124,52 @@ class Connection:
     def receive_into(self, view: memoryview) -> None:
         """Fills `view` with payload bytes."""
         with self._errors("receiving"):
+            # The socket's own timeout bounds silence; this bounds a peer that sends drop by drop.
+            end = time.monotonic() + self._timeout_s
             while view.nbytes:
                 got = self._sock.recv_into(view)
                 if not got:
                     raise Unreachable("the peer ended the bulk connection in the middle of a frame")
                 view = view[got:]
+                if view.nbytes and time.monotonic() > end:
+                    raise TimeoutError("bytes came in too slowly")
+
+    def receive_text(self, count: int) -> bytes:
+        """The `count` bytes of a payload that is a message; room is made as they come.
+
+        Raises:
+            InvalidRequest: `count` is more than any message has.
+        """
+        if count > MAX_PAYLOAD_BYTES:
+            raise InvalidRequest(f"a message of {count:,} bytes", f"at most {MAX_PAYLOAD_BYTES:,}")
+        text = bytearray()
+        while len(text) < count:
+            part = bytearray(min(count - len(text), BLOCK_BYTES))
+            self.receive_into(memoryview(part))
+            text += part
+        return bytes(text)
 
     def request(self, header: bulk_pb2.BulkHeader, payload: Sequence[memoryview] = ()) -> bulk_pb2.BulkHeader:
         """Sends a frame and returns the answer's header.
 
         Raises:
-            CkptdError: the peer refused, with its words.
+            Refusal: the peer refused, with its words.
         """
         self.send(header, payload)
         return self.answer()
 
     def answer(self) -> bulk_pb2.BulkHeader:
-        """The next answer's header."""
+        """The next answer's header.
+
+        Raises:
+            Refusal: the peer refused, with its words.
+        """
         answer = self.receive()
         if answer is None:
             raise Unreachable("the peer ended the bulk connection instead of answering")
         if answer.WhichOneof("body") == "refused":
             error = answer.refused.error
-            raise CkptdError(error.what, error.why, error.next)
+            raise Refusal(error.what, error.why, error.next)
         return answer
 
     def alive(self) -> bool:
@@ -145,7 +182,22 @@ class Connection:
         except OSError:
             return False
         finally:
-            self._sock.settimeout(self._timeout_s)
+            with contextlib.suppress(OSError):  # the owner may close it at this very moment
+                self._sock.settimeout(self._timeout_s)
+
+    def part(self) -> None:
+        """Ends the connection so that what was sent last arrives.
+
+        A close with unread bytes would be a reset, which destroys what is under way to
+        the peer; so what still comes is read, for a moment, and dropped.
+        """
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + _PARTING_S
+            self._sock.settimeout(_PARTING_S)
+            while time.monotonic() < end and self._sock.recv(BLOCK_BYTES):
+                pass
+        self.close()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -153,7 +205,7 @@ class Connection:
         self._sock.close()
 
     @contextlib.contextmanager
-    def _errors(self, doing: str):  # type: ignore[no-untyped-def]
+    def _errors(self, doing: str) -> Iterator[None]:
         try:
             yield
         except TimeoutError as error:
@@ -182,12 +234,12 @@ class BulkServer:
 
     def close(self) -> None:
         """Stops accepting and ends every connection."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            connections = list(self._open)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        with self._lock:
-            connections = list(self._open)
         for connection in connections:
             connection.close()
 
@@ -195,33 +247,53 @@ class BulkServer:
         while True:
             try:
                 sock, peer = self._listener.accept()
-            except OSError:
+            except OSError as error:
                 if self._closed:
                     return
-                log.exception("cannot accept a bulk connection")
-                return
-            name = f"bulk-from-{peer[0]}:{peer[1]}"
+                # A peer that left its place in the queue, or no descriptor is free: both pass.
+                log.warning("cannot accept a bulk connection: %s", error)
+                time.sleep(_CROWDED_S)
+                continue
             connection = Connection(sock, self._timeout_s)
-            threading.Thread(target=self._serve, args=(connection,), name=name, daemon=True).start()
+            name = f"bulk-from-{peer[0]}:{peer[1]}"
+            with self._lock:
+                if self._closed:
+                    connection.close()
+                    return
+                self._open.add(connection)
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name=name, daemon=True).start()
+            except RuntimeError as error:
+                log.warning("no thread for a bulk connection: %s", error)
+                with self._lock:
+                    self._open.discard(connection)
+                connection.close()
+                time.sleep(_CROWDED_S)
 
     def _serve(self, connection: Connection) -> None:
         yield_to_training(self._nice)
-        with self._lock:
-            self._open.add(connection)
         try:
             while (header := connection.receive(idle=True)) is not None:
                 self._handler(connection, header)
+        except ProtocolMismatch as error:
+            _refuse(connection, error)
         except (Unreachable, DeadlineExceeded) as error:
             log.debug("bulk connection ended: %s", error)
         except CkptdError as error:
-            with contextlib.suppress(CkptdError):
-                connection.send(refusal(error))
+            _refuse(connection, error)
         except Exception:
             log.exception("bulk connection failed")
         finally:
             with self._lock:
                 self._open.discard(connection)
             connection.close()
+
+
+def _refuse(connection: Connection, error: CkptdError) -> None:
+    log.debug("bulk connection refused: %s", error)
+    with contextlib.suppress(CkptdError):
+        connection.send(refusal(error))
+        connection.part()
 
 
 def refusal(error: CkptdError) -> bulk_pb2.BulkHeader:

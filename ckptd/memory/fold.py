@@ -59,40 +59,51 @@ class Fold:
         """Folds verified cells of `node`'s `chunk`, in order, each exactly once.
 
         Raises:
-            ValueError: not a contribution that this node awaits, or out of order.
+            ValueError: not a contribution that this node awaits, or out of order, or given up.
         """
-        key = (stripe, node)
-        if first_cell + len(cells) // CELL_BYTES <= self._next_cell.get(key, 0):
-            return  # sent again after a broken connection
-        p = self._index_of.get(stripe)
+        key, p = (stripe, node), self._index_of.get(stripe)
         if p is None or key not in self._expected or self._geometry.stripe_of(node, chunk) != stripe:
             raise ValueError(f"stripe {stripe} chunk {chunk} of node {node} is not awaited here")
-        offset = first_cell * CELL_BYTES
-        if key in self._done or first_cell != self._next_cell.get(key, 0):
-            raise ValueError(
-                f"cell {first_cell} of {key} comes out of turn, expected {self._next_cell.get(key, 0)}"
-            )
-        if offset + len(cells) > len(self._chunks[p]):
-            raise ValueError(f"cells up to byte {offset + len(cells)} in a chunk of {len(self._chunks[p])}")
-        symbol = self._geometry.symbol_on(node, stripe)
+        count, offset = len(cells) // CELL_BYTES, first_cell * CELL_BYTES
+        if len(cells) % CELL_BYTES:
+            raise ValueError(f"{len(cells)} bytes are no whole cells")
+        # A sender that lost its connection sends again while its old frames are still being
+        # read here: whose turn it is can only be said under the lock.
         with self._locks[p]:
+            due = self._next_cell.get(key, 0)
             if self._cancelled:
                 raise ValueError("this fold was given up")
+            if first_cell + count <= due:
+                return  # sent again after a broken connection
+            if key in self._done or first_cell != due:
+                raise ValueError(f"cell {first_cell} of {key} comes out of turn, expected {due}")
+            chunk_of = self._chunks[p]
+            if offset + len(cells) > len(chunk_of):
+                raise ValueError(f"cells up to byte {offset + len(cells)} in a chunk of {len(chunk_of)}")
             self._zero(p)
-            self._code.update_one(symbol, p, cells, self._chunks[p][offset : offset + len(cells)])
-        self._next_cell[key] = first_cell + len(cells) // CELL_BYTES
+            symbol = self._geometry.symbol_on(node, stripe)
+            self._code.update_one(symbol, p, cells, chunk_of[offset : offset + len(cells)])
+            self._next_cell[key] = first_cell + count
 
-    def finish(self, stripe: int, node: int) -> bool:
-        """Ticks a contribution off; returns whether the fold is complete now."""
-        self._done.add((stripe, node))
+    def finish(self, stripe: int, node: int, cells: int) -> bool:
+        """Ticks a contribution of `cells` cells off; returns whether the fold is complete now.
+
+        Raises:
+            ValueError: it is not awaited here, or has another number of cells so far.
+        """
+        key = (stripe, node)
+        if key not in self._expected or self._next_cell.get(key, 0) != cells:
+            raise ValueError(f"{key} ends after {self._next_cell.get(key, 0)} cells, expected {cells}")
+        self._done.add(key)
         return self.complete
 
     def digests(self) -> list[bytes]:
-        """Cell digests of each finished chunk."""
+        """Cell digests of each finished chunk; without meaning once the fold was given up."""
         assert self.complete
         for p, lock in enumerate(self._locks):
             with lock:
-                self._zero(p)
+                if not self._cancelled:  # else the chunk may be another step's already
+                    self._zero(p)
         return [cell_digests(chunk) for chunk in self._chunks]
 
     def _zero(self, p: int) -> None:

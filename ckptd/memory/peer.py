@@ -1,12 +1,13 @@
 """The sending side towards one peer: a queue, one thread, one connection.
 
-Work is done in order.  When the connection breaks, the thread reconnects and asks
-its owner to queue again whatever the peer may have lost; every frame may safely
-be sent twice.
+Work is done in order.  When the connection breaks, or the peer refuses, the queue is
+dropped; the thread reconnects and asks its owner to queue again whatever the peer may
+lack, in its right order.  Every frame may safely be sent twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ckptd.errors import CkptdError
-from ckptd.memory.bulk import Connection, yield_to_training
+from ckptd.memory.bulk import Connection, Refusal, yield_to_training
 
 log = logging.getLogger("ckptd.peer")
 
@@ -35,7 +36,8 @@ class Peer:
     Args:
         on_state: called from the thread with True when the connection stands and
             False when it is lost.
-        on_reconnected: called from the thread after a lost connection stands again.
+        on_reconnected: called from the thread when a connection stands again after
+            queued work was dropped.
     """
 
     def __init__(
@@ -56,9 +58,16 @@ class Peer:
         self._queue: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._connection: Connection | None = None
-        self._was_lost = False
+        self._lost = False
+        self._dropped = False  # queued work is gone, and its owner has not been told
+        self._refused = ""  # what the peer said last, so that it is logged once
         self._thread = threading.Thread(target=self._run, name=f"bulk-to-{name}", daemon=True)
         self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody answers there, as far as is known."""
+        return self._lost
 
     def enqueue(self, work: Work) -> None:
         """Queues work; returns at once."""
@@ -73,27 +82,28 @@ class Peer:
 
     def _run(self) -> None:
         yield_to_training(self._nice)
-        work: Work | None = None
         while not self._closed.is_set():
             try:
                 connection = self._connected()
-                if connection is None:
-                    continue
-                if work is None:
-                    work = self._next()
-                if work is not None and work.wanted():
+                work = self._next() if connection is not None else None
+                if connection is not None and work is not None and work.wanted():
                     work.send(connection)
-                work = None
+            except Refusal as error:
+                # Both ends have stopped in the middle; the peer itself is well.
+                if str(error) != self._refused:
+                    self._refused = str(error)
+                    log.info("%s refused: %s", self.address, error)
+                self._drop()
+                self._closed.wait(_WATCH_S / 2)
             except CkptdError as error:
-                # A refusal leaves the connection half read, so it ends like a broken one.
                 log.debug("to %s: %s", self.address, error)
                 self._lose()
                 self._closed.wait(_WATCH_S / 2)
             except Exception:
                 log.exception("sending to %s failed", self.address)
                 self._lose()
-                work = None
-        self._lose()
+                self._closed.wait(_WATCH_S / 2)
+        self._drop()
 
     def _next(self) -> Work | None:
         try:
@@ -112,16 +122,25 @@ class Peer:
             self._lose()
             self._closed.wait(_WATCH_S / 2)
             return None
+        self._lost = False
         self._on_state(True)
-        if self._was_lost:
-            self._was_lost = False
+        if self._dropped:
+            self._dropped = False
             self._on_reconnected()
         return self._connection
 
     def _lose(self) -> None:
+        self._drop()
+        if not self._lost and not self._closed.is_set():
+            self._lost = True
+            self._on_state(False)
+
+    def _drop(self) -> None:
+        """Ends the connection and empties the queue, so that retries do not pile up in it."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if not self._was_lost and not self._closed.is_set():
-            self._was_lost = True
-            self._on_state(False)
+        self._dropped = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
 
 from ckptd.erasure import Code
 from ckptd.erasure.stripe import Geometry
 from ckptd.errors import CkptdError, CorruptImage, NotEnoughCells
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
-from ckptd.memory.bulk import BLOCK_CELLS, Connection
+from ckptd.memory.bulk import BLOCK_CELLS, Connection, Refusal
 from ckptd.memory.holding import node_bytes, node_digests, seal_fault
 from ckptd.v1 import bulk_pb2, common_pb2
 
@@ -49,6 +52,7 @@ class Rebuild:
     timeout_s: float
     seals: dict[str, bulk_pb2.SealRecord] = field(default_factory=dict)
     received_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fetch_seals(self) -> bulk_pb2.SealRecord:
         """Collects the seal records of the whole group; returns that of the lost position.
@@ -57,21 +61,14 @@ class Rebuild:
             NotEnoughCells: some record is nowhere to be had.
         """
         for holder, address in self.sources.items():
-            wanted = [member for member in self.group if member not in self.seals]
-            if not wanted:
-                break
-            try:
-                connection = Connection.open(address, self.timeout_s)
-            except CkptdError as error:
-                log.warning("node %s (%s) gives no seal records: %s", holder, address, error)
-                continue
-            try:
-                for member in wanted:
-                    self._fetch_seal(connection, member)
-            except CkptdError as error:
-                log.info("seal records from %s: %s", holder, error)
-            finally:
-                connection.close()
+            for member in [member for member in self.group if member not in self.seals]:
+                try:
+                    self._fetch_seal(address, member)
+                except Refusal as error:  # it may have those of others
+                    log.info("seal record of %s from %s: %s", member, holder, error)
+                except CkptdError as error:
+                    log.warning("node %s (%s) gives no seal records: %s", holder, address, error)
+                    break
         missing = [member for member in self.group if member not in self.seals]
         if missing:
             raise NotEnoughCells(
@@ -92,11 +89,15 @@ class Rebuild:
             for job in [pool.submit(self._chunk, geometry, chunk, sink) for chunk in chunks]:
                 job.result()
 
-    def _fetch_seal(self, connection: Connection, member: str) -> None:
-        answer = connection.request(self._request(position=member, seal_record=True))
-        text = bytearray(answer.payload_bytes)
-        connection.receive_into(memoryview(text))
-        seal = bulk_pb2.SealRecord.FromString(bytes(text))
+    def _fetch_seal(self, address: str, member: str) -> None:
+        connection = Connection.open(address, self.timeout_s)
+        try:
+            answer = connection.request(self._request(position=member, seal_record=True))
+            seal = bulk_pb2.SealRecord.FromString(connection.receive_text(answer.payload_bytes))
+        except DecodeError as error:
+            raise CorruptImage(f"the seal record of {member} does not parse", str(error)) from error
+        finally:
+            connection.close()
         fault = seal_fault(seal, self.header.job, *self.snapshot, member)
         if fault is not None:
             raise CorruptImage(f"the seal record of {member} is wrong", fault)
@@ -149,7 +150,24 @@ class _Stripe:
             connection.close()
 
     def decode(self, lost: int, first: int, cells: int, expected: bytes) -> memoryview:
-        """The verified cells first.. of the symbol `lost` of this stripe."""
+        """The verified cells first.. of the symbol `lost` of this stripe.
+
+        Raises:
+            NotEnoughCells: with how many symbols were needed and found.
+        """
+        try:
+            return self._decode(lost, first, cells, expected)
+        except NotEnoughCells:
+            if cells == 1:
+                raise
+        # Of one block different symbols may lack different cells, and each lacks only those.
+        out = bytearray()
+        for cell in range(cells):
+            digest = expected[cell * DIGEST_BYTES : (cell + 1) * DIGEST_BYTES]
+            out += self._decode(lost, first + cell, 1, digest)
+        return memoryview(out)
+
+    def _decode(self, lost: int, first: int, cells: int, expected: bytes) -> memoryview:
         needed = self._geometry.data_chunks
         present: dict[int, memoryview] = {}
         tried: set[frozenset[int]] = set()
@@ -174,7 +192,7 @@ class _Stripe:
         )
 
     def _fetch(self, symbol: int, first: int, cells: int) -> memoryview | None:
-        """Verified cells of one symbol, or None (noted and not asked again) where they cannot be had."""
+        """Verified cells of one symbol, or None; who cannot give any is not asked again."""
         rebuild, position = self._rebuild, self._holders[symbol]
         node = rebuild.group.index(position)
         parity = symbol >= self._geometry.data_chunks
@@ -198,10 +216,12 @@ class _Stripe:
                     "cells of another length", f"{answer.payload_bytes} for {len(buffer)} bytes"
                 )
             connection.receive_into(buffer)
-            rebuild.received_bytes += len(buffer)
+            with rebuild._lock:
+                rebuild.received_bytes += len(buffer)
             digests = answer.cells.digests if parity else self._data_digests(position, index, first, cells)
-            if mismatches(buffer, digests):
-                raise CorruptImage(f"node {position} sent cells that do not match their digests")
+            if wrong := mismatches(buffer, digests):
+                log.warning("node %s sent %d wrong cells of stripe %d", position, len(wrong), self.index)
+                return None
         except (CkptdError, ValueError) as error:
             log.warning("symbol %d of stripe %d from %s: %s", symbol, self.index, position, error)
             del self._holders[symbol]

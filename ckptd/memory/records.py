@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -40,12 +41,13 @@ def read_holding(path: Path) -> memory_pb2.HoldingRecord:
     """The record at `path`.
 
     Raises:
-        CorruptImage: it does not parse, or names another step than its file.
+        CorruptImage: it cannot be read, does not parse, or names another job or step than its file.
     """
     record = memory_pb2.HoldingRecord()
     _parse(path, record)
     if path.name != holding_path(path.parent, record.generation, record.step).name:
         raise CorruptImage(f"{path} names another step", f"({record.generation}, {record.step})")
+    _check_job(path, record.job)
     return record
 
 
@@ -53,18 +55,30 @@ def read_job(path: Path) -> memory_pb2.JobRecord:
     """The job record at `path`.
 
     Raises:
-        CorruptImage: it does not parse.
+        CorruptImage: it cannot be read, does not parse, or names another job than its directory.
     """
     record = memory_pb2.JobRecord()
     _parse(path, record)
+    _check_job(path, record.job)
     return record
 
 
+def _check_job(path: Path, job: str) -> None:
+    if path.parent.name != job:
+        raise CorruptImage(f"{path} names another job", repr(job))
+
+
 def _parse(path: Path, record: memory_pb2.JobRecord | memory_pb2.HoldingRecord) -> None:
-    size = path.stat().st_size
-    if size > MAX_RECORD_BYTES:
-        raise CorruptImage(f"{path} has {size:,} bytes", f"more than {MAX_RECORD_BYTES:,}")
     try:
-        record.ParseFromString(path.read_bytes())
+        # Neither a link to somewhere else nor a pipe that never ends is a record of ours.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            text = file.read(MAX_RECORD_BYTES + 1)
+    except OSError as error:
+        raise CorruptImage(f"{path} cannot be read", error.strerror or str(error)) from error
+    if len(text) > MAX_RECORD_BYTES:
+        raise CorruptImage(f"{path} is too long", f"more than {MAX_RECORD_BYTES:,} bytes")
+    try:
+        record.ParseFromString(text)
     except DecodeError as error:
         raise CorruptImage(f"{path} does not parse", str(error)) from error

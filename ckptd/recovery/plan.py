@@ -162,26 +162,25 @@ def _order(node: str, place: tuple[GroupState, Position], bulk_addresses: dict[s
     state, position = place
     cost = price(state, position, node)
     local = cost.rung == Rung.OWN_MEMORY
-    # A node that stands for several positions is listed once for each.
-    sources = (
-        ()
-        if local
-        else tuple(
-            Source(holder, bulk_addresses[holder], p.name)
-            for p in state.positions
-            for holder in sorted({*p.images, *p.parities})
-            if holder != node or p.name != position.name
-        )
+    sources = tuple(
+        Source(holder, bulk_addresses[holder], p.name) for p in state.positions for holder in _holders(p)
     )
     return TransferOrder(
         node=node,
         rung=cost.rung,
         positions=() if local else (position.name,),
-        sources=sources,
+        sources=() if local else sources,
         group=state.group,
         parity=state.parity,
         moved_bytes=cost.moved_bytes,
     )
+
+
+def _holders(position: Position) -> tuple[str, ...]:
+    """Who stands for this position: one node that holds all of it, or else one for each part."""
+    if whole := sorted(set(position.images) & set(position.parities)):
+        return (whole[0],)
+    return tuple(dict.fromkeys((*position.images[:1], *position.parities[:1])))
 
 
 def _reasons(seats: Sequence[Seat], chosen: Sequence[str]) -> tuple[str, ...]:

@@ -14,7 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ckptd.coordinator import machine
-from ckptd.coordinator.effects import Announce, CommitEntry, Directive, Entry, JobDirective, Probe, Record, Send
+from ckptd.coordinator.effects import (
+    Announce,
+    CommitEntry,
+    Directive,
+    Entry,
+    JobDirective,
+    Probe,
+    Record,
+    Send,
+)
 from ckptd.coordinator.events import (
     Answer,
     Disconnected,
@@ -122,7 +131,9 @@ class SimNode:
 
     def stopped_through(self) -> int:
         through = self.memory.stop_through
-        alive = [t for t in self.trainers.values() if t.state == TrainerState.ALIVE and t.generation <= through]
+        alive = [
+            t for t in self.trainers.values() if t.state == TrainerState.ALIVE and t.generation <= through
+        ]
         waits = self.confirmed < self.started <= through
         return 0 if alive or waits else through
 
@@ -159,7 +170,9 @@ class SimNode:
                     facts=facts,
                     stopped_through=self.stopped_through(),
                     running_generation=self.running(),
-                    trainers=tuple(TrainerFact(t.rank, t.generation, t.state, t.step) for t in self.trainers.values()),
+                    trainers=tuple(
+                        TrainerFact(t.rank, t.generation, t.state, t.step) for t in self.trainers.values()
+                    ),
                     holdings=tuple(m.holdings.values()),
                     transfer=d.transfer,
                     finished=bool(mine)
@@ -168,7 +181,15 @@ class SimNode:
                 ),
             )
         return NodeReport(
-            self.name, d.incarnation, d.sequence, self.domain, f"{self.name}:1", f"{self.name}:2", self.name, 9, jobs
+            self.name,
+            d.incarnation,
+            d.sequence,
+            self.domain,
+            f"{self.name}:1",
+            f"{self.name}:2",
+            self.name,
+            9,
+            jobs,
         )
 
     def changed(self) -> None:
@@ -244,7 +265,12 @@ class SimNode:
 
     def bring(self, order: TransferOrder, generation: int) -> None:
         d, m = self.daemon, self.memory
-        if d is None or d.transfer is None or d.transfer.generation != generation or self.generation != generation:
+        if (
+            d is None
+            or d.transfer is None
+            or d.transfer.generation != generation
+            or self.generation != generation
+        ):
             return
         assert m.roster is not None
         start = m.roster.start
@@ -253,9 +279,15 @@ class SimNode:
         if order.positions:
             if self.decode(order, start):
                 m.holdings[start] = HoldingFact(
-                    start.generation, start.step, order.group, order.positions[0], self.ranks, order.parity, True,
-                    False, 100,
-                )  # fmt: skip
+                    start.generation,
+                    start.step,
+                    order.group,
+                    order.positions[0],
+                    self.ranks,
+                    order.parity,
+                    sealed=True,
+                    node_bytes=100,
+                )
             else:
                 state = TransferState.FAILED
         elif held is None or not held.sealed:
@@ -347,14 +379,16 @@ class SimNode:
         if held is None or generation != self.generation or self.daemon is None or not held.sealed:
             return
         self.memory.holdings[Snapshot(generation, step)] = replace(held, folded=True)
-        self.world.check_protected(generation, step)
+        self.world.note_folded(generation, step)
         self.changed()
 
 
 class World:
     """Clock, network, coordinator, and the oracle that knows the truth."""
 
-    def __init__(self, seed: int, spec: Spec, spares: int, *, step_s: float = 0.15, total: int = 10**9) -> None:
+    def __init__(
+        self, seed: int, spec: Spec, spares: int, *, step_s: float = 0.15, total: int = 10**9
+    ) -> None:
         self.random = random.Random(seed)
         self.spec = spec
         self.step_s = step_s
@@ -368,6 +402,7 @@ class World:
         self.journal: list[Entry] = []
         self.keep_journal = True
         self.state: State | None = None
+        self.pauses = 0.002  # probability that the coordinator is held up, for each tick
         self.life = 0
         self.pending: list[tuple[int, NodeReport]] = []
         self.events: list[Announce] = []
@@ -375,6 +410,7 @@ class World:
         self.trouble = 0.0  # probability that a stream is cut, for each report
         # The oracle.
         self.rosters: dict[int, Roster] = {}
+        self.folded: dict[Snapshot, dict[str, int]] = {}
         self.protected: tuple[Snapshot, dict[str, int]] | None = None
         self.protected_steps: list[tuple[float, int]] = []
         self.training_generation = 0
@@ -445,7 +481,7 @@ class World:
         self.flush()
         self.feed(Tick(self.now))
         pause = self.timing.tick_s * self.random.uniform(1.0, 1.4)
-        if self.random.random() < 0.002:
+        if self.random.random() < self.pauses:
             pause = self.random.uniform(0.2, 2.5)  # the coordinator itself is held up
         self.after(pause, lambda: self.tick(life))
 
@@ -471,6 +507,8 @@ class World:
                     self.probe(effect)
                 case Announce():
                     self.events.append(effect)
+                    if effect.name == "protected":
+                        self.now_protected(Snapshot(effect.generation, effect.step))
 
     def record(self, entry: Entry) -> None:
         self.journal.append(entry)
@@ -582,9 +620,16 @@ class World:
         facts = [m.report().jobs[0].facts for m in there]
         roster = node.memory.roster
         schedule = next_schedule(
-            node.daemon.schedule, generation=roster.generation, start_step=roster.start.step, members=roster.nodes,
-            facts=facts, every=self.spec.every, slots=self.spec.slots,
-        )  # fmt: skip
+            node.daemon.schedule,
+            generation=roster.generation,
+            start_step=roster.start.step,
+            members=roster.nodes,
+            facts=facts,
+            every=self.spec.every,
+            slots=self.spec.slots,
+        )
+        if schedule.watermark is not None:
+            self.now_protected(Snapshot(schedule.generation, schedule.watermark))
         for m in there:
             m.apply(schedule)
 
@@ -656,6 +701,7 @@ class World:
         for t in node.trainers.values():
             if t.state == TrainerState.ALIVE and t.generation < self.training_generation:
                 self.later(node, 0.0, 0.1, lambda t=t: self._dies(node, t))
+        self.try_training(node.generation)
         node.changed()
 
     # Training
@@ -716,17 +762,26 @@ class World:
 
     # The oracle
 
-    def check_protected(self, generation: int, step: int) -> None:
+    def note_folded(self, generation: int, step: int) -> None:
+        """Remembers whose memory holds a step that is folded everywhere."""
         roster = self.rosters.get(generation)
-        if roster is None or generation != max(self.rosters):
-            return
         snapshot = Snapshot(generation, step)
-        held = [self.nodes[n].memory.holdings.get(snapshot) for n in roster.nodes]
-        if not all(h is not None and h.folded for h in held):
+        if roster is None:
             return
-        self.protected_steps.append((self.now, step))
-        if self.protected is None or (step, generation) > (self.protected[0].step, self.protected[0].generation):
-            self.protected = (snapshot, {n: self.nodes[n].epoch for n in roster.nodes})
+        held = [self.nodes[n].memory.holdings.get(snapshot) for n in roster.nodes]
+        if all(h is not None and h.folded for h in held):
+            self.folded[snapshot] = {n: self.nodes[n].epoch for n in roster.nodes}
+
+    def now_protected(self, snapshot: Snapshot) -> None:
+        """Somebody told somebody that this step is protected."""
+        assert snapshot in self.folded, f"{snapshot} was called protected and was never folded everywhere"
+        if self.protected is not None and self.protected[0].generation == snapshot.generation:
+            if self.protected[0].step >= snapshot.step:
+                return
+        elif snapshot.generation != max(self.rosters):
+            return
+        self.protected_steps.append((self.now, snapshot.step))
+        self.protected = (snapshot, self.folded[snapshot])
 
     def content(self, generation: int, step: int) -> Snapshot:
         """Which generation really computed the state at `step` of this generation's line."""

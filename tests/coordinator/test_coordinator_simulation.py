@@ -8,7 +8,7 @@ import pytest
 from coordinator_world import JOB, World
 
 from ckptd.coordinator.events import Spec
-from ckptd.coordinator.state import Job, RUNNING
+from ckptd.coordinator.state import RUNNING, Job
 
 QUICK_SEEDS = 16
 SOAK_SEEDS = 3000
@@ -41,7 +41,9 @@ def strike(world: World, fault: str, rng: random.Random) -> None:
             if world.state is not None:
                 world.keep_journal = fault == "coordinator"
                 world.kill_coordinator()
-                world.after(rng.uniform(0.1, 4.0), lambda: world.start_coordinator() if world.state is None else None)
+                world.after(
+                    rng.uniform(0.1, 4.0), lambda: world.start_coordinator() if world.state is None else None
+                )
 
 
 def job_of(world: World) -> Job:

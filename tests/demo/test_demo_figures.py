@@ -63,8 +63,8 @@ def two_generations() -> tuple[History, list[Event]]:
         tell(history, 2, rank, "begin", 6.75, step=8, rung=rung)
         steps(history, 2, rank, 9, 12, t=7.0 + rank, dt=0.1)
         tell(history, 2, rank, "finished", 9.0, digests={"weights": f"w{rank}", "optimizer": "o"})
-    names = ("incident", "planned", "committed", "transferred", "started", "running")
-    times = (2.0625, 2.25, 2.5, 2.75, 3.0, 8.5)
+    names = ("node-suspect", "incident", "planned", "committed", "transferred", "started", "running")
+    times = (2.0625, 2.125, 2.25, 2.5, 2.75, 3.0, 8.5)
     events = [Event(name, at, name, 2) for name, at in zip(names, times, strict=True)]
     return history, [Event("incident", 0.5, "an earlier one", 1), *events]
 
@@ -184,6 +184,6 @@ def test_only_identical_is_success() -> None:
 
 def test_the_text_tells_what_it_cost() -> None:
     text = result().text()
-    assert "   +0.062 s  incident" in text
+    assert "   +0.062 s  node-suspect" in text
     assert "1 completed steps done again, state from parity" in text
     assert "IDENTICAL: after 12 steps" in text

@@ -55,8 +55,8 @@ def check(kill: str, value: dict[str, Any]) -> None:
     """What holds on any machine, however slow."""
     assert value["identical"] is True
     assert value["final_digest"] == value["control_digest"]
-    # The job waits at 2 unprotected steps; one more can be complete before it waits.
-    assert value["lag_steps_max"] <= 3
+    if kill != "daemon":  # without its daemon a rank waits for a while, and goes on unprotected
+        assert value["lag_steps_max"] <= 3  # waits at 2; one more can be complete by then
     if kill == "none":
         assert value["killed_at_step"] is None
         return

@@ -39,6 +39,8 @@ def _written():
 def _hook(event, args):
     if event != "open" or isinstance(args[0], int) or args[0] is None:
         return
+    if sys._getframe(1).f_code.co_name == "_get_default_tempdir":
+        return  # the standard library tries whether TMPDIR is writable, with five bytes
     path = os.fsdecode(args[0])
     flags = args[2] if len(args) > 2 and isinstance(args[2], int) else 0
     write = bool(flags & (os.O_WRONLY | os.O_RDWR)) or any(c in (args[1] or "") for c in "wax+")
