@@ -59,7 +59,7 @@ def find_daemon(
     if not answers(endpoint):
         with _locked(directory / "embedded.lock", timeout_s):
             if not answers(endpoint):  # the lock's earlier holder may have started it
-                _start(endpoint, directory / "daemon.log", timeout_s)
+                _start(endpoint, environment.memory_dir, directory / "daemon.log", timeout_s)
     return endpoint
 
 
@@ -94,9 +94,9 @@ def private_directory(directory: Path) -> Path:
     return directory
 
 
-def _start(endpoint: Path, log_path: Path, timeout_s: float) -> None:
+def _start(endpoint: Path, memory_dir: Path, log_path: Path, timeout_s: float) -> None:
     command = [sys.executable, "-m", "ckptd.cli.main", "daemon", "--embedded"]
-    command += ["--socket", str(endpoint), "--memory-dir", f"/dev/shm/ckptd-{os.getuid()}"]
+    command += ["--socket", str(endpoint), "--memory-dir", str(memory_dir)]
     deadline = time.monotonic() + timeout_s
     with log_path.open("ab") as errors:
         offset = errors.tell()

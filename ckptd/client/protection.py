@@ -388,6 +388,7 @@ class Protection:
             if self._arena is not None and self._arena.inode == (stat.st_dev, stat.st_ino):
                 os.close(arrival.fd)
             else:
+                self._view.start_over()
                 self._let_go()
                 self._map(self._plan, arrival)
 

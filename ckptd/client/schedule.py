@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from ckptd.v1 import common_pb2, local_pb2
 
 
+_REMEMBERED_STEPS = 1024
+
+
 class Verdict(enum.Enum):
     """What to do with a step that was just completed."""
 
@@ -26,8 +29,8 @@ class ScheduleView:
     schedule: common_pb2.Schedule = field(default_factory=common_pb2.Schedule)
     known: bool = False
     grants: dict[int, int] = field(default_factory=dict)  # step -> slot
-    captured: set[int] = field(default_factory=set)  # steps newer than the watermark that this rank took
-    # Steps this rank gave up; nobody waits for them.
+    # What this rank did with its steps, as far back as anybody may ask: captured, or given up.
+    captured: set[int] = field(default_factory=set)
     given_up: set[int] = field(default_factory=set)
 
     @property
@@ -50,12 +53,24 @@ class ScheduleView:
             self.schedule.watermark, self.schedule.has_watermark = before, True
         self.known = True
         self.grants = {grant.step: grant.slot for grant in message.grants}
-        self.captured = {step for step in self.captured if step > self.watermark}
-        self.given_up = {step for step in self.given_up if step > self.watermark}
+        for steps in (self.captured, self.given_up):
+            steps.difference_update([step for step in steps if step <= self._forgotten])
+
+    @property
+    def _forgotten(self) -> int:
+        """Up to here, nothing is known any more of what this rank did."""
+        return self.watermark - _REMEMBERED_STEPS
 
     def forget_grants(self) -> None:
         """Called when the arena is another one: slots of the old one mean nothing."""
         self.grants.clear()
+
+    def start_over(self) -> None:
+        """Called when the daemon came back without its memory: what was captured here is gone."""
+        self.schedule = common_pb2.Schedule()
+        self.known = False
+        self.grants.clear()
+        self.captured.clear()
 
     def verdict(self, step: int) -> Verdict:
         """Returns what is to be done with `step`."""
@@ -73,15 +88,13 @@ class ScheduleView:
         return Verdict.UNKNOWN
 
     def missed(self, step: int) -> list[int]:
-        """Returns due steps up to `step` that this rank ran past; each is to be given up, once."""
-        return [
-            due
-            for due in self.schedule.due
-            if self.watermark < due <= step
-            and due not in self.captured
-            and due not in self.given_up
-            and due not in self.schedule.aborted
-        ]
+        """Returns due steps up to `step` that this rank ran past; each is to be given up, once.
+
+        A daemon that was away may name steps that others know to be protected: a step
+        that this rank captured is never given up here.
+        """
+        done = self.captured.union(self.given_up, self.schedule.aborted, [self.floor])
+        return [due for due in self.schedule.due if self._forgotten < due <= step and due not in done]
 
     def lag(self, step: int) -> int:
         """Returns how many completed steps are unprotected when `step` is the newest completed one."""

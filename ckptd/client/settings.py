@@ -25,7 +25,8 @@ class Environment:
     local_world_size: int | None = None
     generation: int = 0  # CKPTD_GENERATION; 0: no launcher of ckptd's is at work
     socket: Path | None = None  # CKPTD_SOCKET
-    runtime_dir: Path = Path("/tmp")
+    runtime_dir: Path = Path("/tmp")  # of the embedded daemon's socket, lock and log
+    memory_dir: Path = Path("/dev/shm")  # CKPTD_MEMORY_DIR; the embedded daemon's
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Environment:
@@ -35,7 +36,7 @@ class Environment:
             InvalidRequest: a number is not one.
         """
         environ = os.environ if environ is None else environ
-        xdg = environ.get("XDG_RUNTIME_DIR")
+        xdg, own = environ.get("XDG_RUNTIME_DIR"), f"ckptd-{os.getuid()}"
         return cls(
             rank=_number(environ, "RANK"),
             world_size=_number(environ, "WORLD_SIZE"),
@@ -43,7 +44,8 @@ class Environment:
             local_world_size=_number(environ, "LOCAL_WORLD_SIZE"),
             generation=_number(environ, "CKPTD_GENERATION") or 0,
             socket=Path(environ["CKPTD_SOCKET"]) if environ.get("CKPTD_SOCKET") else None,
-            runtime_dir=Path(xdg) / "ckptd" if xdg else Path(f"/tmp/ckptd-{os.getuid()}"),
+            runtime_dir=Path(xdg) / "ckptd" if xdg else Path("/tmp") / own,
+            memory_dir=Path(environ.get("CKPTD_MEMORY_DIR") or f"/dev/shm/{own}"),
         )
 
 

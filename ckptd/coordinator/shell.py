@@ -19,6 +19,7 @@ from ckptd.coordinator.journal import Journal
 from ckptd.coordinator.probe import probe
 from ckptd.coordinator.settings import CoordinatorSettings
 from ckptd.coordinator.state import State
+from ckptd.errors import CkptdError
 
 log = logging.getLogger("ckptd.coordinator")
 
@@ -99,17 +100,24 @@ class Shell:
         self._reports: list[tuple[int, NodeReport]] = []
         self._arrived = asyncio.Event()
         self._probes: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Ticks and handles reports until it is cancelled."""
+        """Ticks and handles reports until it is cancelled.
+
+        Raises:
+            CkptdError: the journal refused an entry.  What was decided is not on stable
+                storage, so nothing that follows from it may be done: the process must end.
+        """
+        tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._take_reports())]
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._tick())
-                tasks.create_task(self._take_reports())
+            done, _ = await asyncio.wait([self._failure, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()
         finally:
-            for task in self._probes:
+            for task in (*tasks, *self._probes):
                 task.cancel()
-            await asyncio.gather(*self._probes, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._probes, return_exceptions=True)
 
     def stop_streams(self) -> None:
         """Ends every open stream, so that the server can end."""
@@ -174,7 +182,12 @@ class Shell:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Record():
-                self._journal.append(effect.entry)
+                try:
+                    self._journal.append(effect.entry)
+                except CkptdError as error:
+                    if not self._failure.done():
+                        self._failure.set_exception(error)
+                    raise
             case Send():
                 if (stream := self._streams.get(effect.node)) is not None:
                     stream.put(effect.directive)

@@ -334,7 +334,7 @@ class Node:
         if self.standalone and everybody and all(t.state == State.FINISHED for t in mine):
             self._finish(job)
             if not any(t.parks for t in mine):
-                del self.jobs[job.name]
+                self._drop(job)
         self.changed()
 
     def launched(self, job: Job, generation: int, rank: int, pid: int) -> None:

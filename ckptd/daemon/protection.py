@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from ckptd.daemon.job import Job, rank_seal
 from ckptd.daemon.settings import DaemonSettings
-from ckptd.errors import CorruptImage, DeadlineExceeded, InvalidRequest, NotFound
+from ckptd.errors import CorruptImage, DeadlineExceeded, InvalidRequest, NotFound, Unreachable
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
 from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
 from ckptd.memory.fold import Fold
@@ -249,6 +249,8 @@ class Protection:
         except TimeoutError as error:
             future.cancel()
             raise DeadlineExceeded(f"node {self._settings.node} is too busy") from error
+        except CancelledError as error:
+            raise Unreachable(f"node {self._settings.node} is ending") from error
 
     def _take_seal(self, connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
         try:

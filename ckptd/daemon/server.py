@@ -23,7 +23,7 @@ from ckptd.daemon.node import Node
 from ckptd.daemon.service import DaemonService
 from ckptd.daemon.session import MAX_MESSAGE_BYTES, Session
 from ckptd.daemon.settings import DaemonSettings, host_of
-from ckptd.daemon.trainers import TrainerServer
+from ckptd.daemon.trainers import TrainerServer, clear_socket
 from ckptd.errors import InvalidRequest, NoSpace, Unreachable
 from ckptd.memory.bulk import BulkServer
 from ckptd.v1 import daemon_pb2, daemon_pb2_grpc
@@ -61,10 +61,22 @@ async def serve(settings: DaemonSettings) -> None:
 
 async def _run(node: Node, stop: asyncio.Event) -> None:
     settings = node.settings
+    clear_socket(settings.socket)
     bulk = _bulk_server(node)
-    node.bulk_address = bulk.address
-    server, port = await _control_server(node)
-    node.control_address = f"{host_of(settings.listen)}:{port}"
+    try:
+        node.bulk_address = bulk.address
+        server, port = await _control_server(node)
+        try:
+            node.control_address = f"{host_of(settings.listen)}:{port}"
+            await _work(node, stop)
+        finally:
+            await server.stop(0.2)
+    finally:
+        bulk.close()
+
+
+async def _work(node: Node, stop: asyncio.Event) -> None:
+    settings = node.settings
     node.adopt()
     trainers = TrainerServer(node, settings.socket, 0o600 if settings.embedded else 0o666)
     session = Session(node)
@@ -87,11 +99,9 @@ async def _run(node: Node, stop: asyncio.Event) -> None:
             task.result()  # a part that failed ends the daemon, loudly
     finally:
         trainers.close()
-        bulk.close()
         for task in [*tasks, ended]:
             task.cancel()
         await asyncio.gather(*tasks, ended, return_exceptions=True)
-        await server.stop(0.2)
 
 
 def _bulk_server(node: Node) -> BulkServer:

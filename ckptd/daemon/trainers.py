@@ -29,7 +29,7 @@ class TrainerServer:
         self._node = node
         self._path = path
         self._tasks: set[asyncio.Task[None]] = set()
-        _clear(path)
+        clear_socket(path)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._listener.bind(str(path))
@@ -78,7 +78,7 @@ class TrainerServer:
             link.close()
 
 
-def _clear(path: Path) -> None:
+def clear_socket(path: Path) -> None:
     """Removes a dead daemon's socket.
 
     Raises:

@@ -50,7 +50,7 @@ class Board:
     def tell(self, name: str, text: str, at_s: float | None = None) -> None:
         """An event of the demo's own, and what happens now."""
         at = time.monotonic() if at_s is None else at_s
-        self.events.append(Event(name, at, text, step=self.history.reached()))
+        self.events.append(Event(name, at, text))
         self.now = text
         self.changed()
 

@@ -46,10 +46,6 @@ class Node:
     doomed: bool = False
     task: asyncio.Task[None] | None = field(default=None)
 
-    def harmed(self, board: Board, how: str) -> None:
-        """Shows on the board what is being done to this node."""
-        board.nodes[self.name].harm = how
-
     def pids(self) -> list[int]:
         """All living processes of this node: trainers, then the daemon."""
         found = [trainer.child.pid for trainer in self.launcher.living()]

@@ -24,14 +24,11 @@ ALARMS = ("node-suspect", "node-dead", "incident")
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the story: the coordinator's, or the demo's own (generation 0)."""
+    """One line of the story, the coordinator's or the demo's own; further lines of `text` are details."""
 
     name: str
     at_s: float
     text: str
-    generation: int = 0
-    step: int = 0
-    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,13 @@ class History:
         self._lag_steps_max = 0
 
     def add(self, generation: int, record: Mapping[str, Any]) -> None:
-        """Takes one line of one trainer of `generation`."""
+        """Takes one line of one trainer of `generation`.
+
+        What an older generation still says counts for nothing: it is a process that was stopped
+        and goes on, and nobody hears it.
+        """
+        if any(g > generation for g in self._events):
+            return
         event, rank = str(record["event"]), int(record["rank"])
         events = self._events[generation][event]
         if event != "step" or rank not in events:

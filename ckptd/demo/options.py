@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd.errors import CkptdError, InvalidRequest
@@ -44,6 +44,7 @@ class DemoOptions:
     parity: int | None = None
     steps: int = 50
     seed: int | None = None
+    # How the result is printed, which is the command line's part.
     json: bool = False
     # A directory in which results of the control are kept and found again.
     control_cache: Path | None = None
@@ -62,7 +63,6 @@ class DemoOptions:
             parity=max(lost, 1 if self.parity is None else self.parity),
             steps=self.steps,
             seed=secrets.randbelow(1_000_000) if self.seed is None else self.seed,
-            json=self.json,
             control_cache=self.control_cache,
         )
         chosen.check()
@@ -79,7 +79,6 @@ class ResolvedOptions:
     parity: int
     steps: int
     seed: int
-    json: bool
     control_cache: Path | None
 
     def check(self) -> None:
@@ -102,7 +101,3 @@ class ResolvedOptions:
                 f"--steps {self.steps}",
                 f"--kill {self.kill} needs at least {least} steps, so that the job still runs afterwards",
             )
-
-    def with_seed(self, seed: int) -> ResolvedOptions:
-        """The same demo with another seed."""
-        return replace(self, seed=seed)

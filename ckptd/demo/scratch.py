@@ -23,12 +23,14 @@ STATE_BYTES = 8 << 20
 IMAGE_EXTRA_BYTES = 1 << 19
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scratch:
     """Where this demo puts things; `memory` and `logs` exist."""
 
     root: Path
     memory: Path
+    # The logs stay, unless the demo says that nobody needs them.
+    keep_logs: bool = True
 
     @property
     def logs(self) -> Path:
@@ -49,13 +51,15 @@ def scratch(options: ResolvedOptions) -> Iterator[Scratch]:
     memory = Path(tempfile.mkdtemp(prefix=prefix, dir=SHM))
     lock = _locked(memory)
     (root / "logs").mkdir()
+    places = Scratch(root, memory)
     try:
-        yield Scratch(root, memory)
-        shutil.rmtree(root, ignore_errors=True)
+        yield places
     except KeyboardInterrupt:
-        shutil.rmtree(root, ignore_errors=True)
+        places.keep_logs = False
         raise
     finally:
+        if not places.keep_logs:
+            shutil.rmtree(root, ignore_errors=True)
         shutil.rmtree(memory, ignore_errors=True)
         os.close(lock)
 

@@ -33,11 +33,13 @@ def run(options: DemoOptions) -> DemoResult:
     resolved = options.resolved()
     with scratch(resolved) as places:
         try:
-            return asyncio.run(_interruptible(resolved, places))
+            result = asyncio.run(_interruptible(resolved, places))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None  # SIGTERM and SIGHUP
         except CkptdError as error:
             raise type(error)(error.what, error.why, _advice(error, places)) from error
+        places.keep_logs = not result.identical
+        return result
 
 
 def _advice(error: CkptdError, places: Scratch) -> str:
@@ -67,12 +69,12 @@ async def _demo(options: ResolvedOptions, places: Scratch) -> DemoResult:
         children.guard_directory(places.memory)
         struck = await _job(options, places, children, board)
         reference = await control(options, places, children, board)
-    return _result(options, board, struck, reference)
+    return _result(options, places, board, struck, reference)
 
 
 async def _job(options: ResolvedOptions, places: Scratch, children: Children, board: Board) -> Struck | None:
     """The job with its cluster, from the start to the end; returns the strike that counts."""
-    board.tell("starting", f"starting one coordinator and {len(board.nodes)} daemons (logs: {places.logs})")
+    board.tell("starting", f"starting one coordinator and {len(board.nodes)} daemons")
     async with asyncio.TaskGroup() as tasks:
         cluster = Cluster(options, places, children, board, tasks)
         watcher = Watcher(JOB, cluster.coordinator_channel, board)
@@ -126,7 +128,9 @@ async def _shown(picture: Picture) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-def _result(options: ResolvedOptions, board: Board, struck: Struck | None, reference: Control) -> DemoResult:
+def _result(
+    options: ResolvedOptions, places: Scratch, board: Board, struck: Struck | None, reference: Control
+) -> DemoResult:
     history = board.history
     final, step_s = history.finished(), history.step_s()
     assert final is not None
@@ -135,6 +139,8 @@ def _result(options: ResolvedOptions, board: Board, struck: Struck | None, refer
     assert (back is None) == (struck is None)
     known = {rank: {step: (loss,) for step, loss in told.items()} for rank, told in reference.losses.items()}
     different = figures.differences(final, reference.digests, history.losses(), known)
+    if different:
+        different.append(f"read the logs in {places.logs}")
     return DemoResult(
         kill=options.kill,
         nodes=options.nodes,

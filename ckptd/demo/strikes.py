@@ -56,13 +56,20 @@ class Scene:
         return choice, [self.cluster.node_of(rank) for rank in choice.ranks]
 
     async def strike(
-        self, choice: Draw, signals: Sequence[tuple[int, str]], text: str, remove: Sequence[Path] = ()
+        self,
+        choice: Draw,
+        signals: Sequence[tuple[int, str]],
+        text: str,
+        harm: Mapping[str, str],
+        remove: Sequence[Path] = (),
     ) -> Struck:
         """Strikes at the drawn time, and returns when the job has taken its first step again."""
         board, generation = self.board, self.cluster.generation()
         board.calm = False
         delay_s = choice.delay_s(board.history.step_s() or 0.0)
         struck_s = await self.killer.strike(signals, remove, delay_s)
+        for name, how in harm.items():
+            board.nodes[name].harm = how
         board.tell("strike", text, struck_s)
         await board.until(
             lambda: self._back(generation) is not None, BACK_S, "the job's first step after the strike"
@@ -87,11 +94,11 @@ async def rank(scene: Scene) -> Struck:
     """SIGKILL to one trainer; its node's daemon and memory stay."""
     choice, (node,) = await scene.drawn("rank")
     (trainer,) = node.launcher.living()
-    node.harmed(scene.board, "trainer killed")
     return await scene.strike(
         choice,
         [(trainer.child.pid, "SIGKILL")],
         f"SIGKILL to the trainer of rank {trainer.rank} on {node.name}",
+        {node.name: "trainer killed"},
     )
 
 
@@ -100,11 +107,11 @@ async def node(scene: Scene, name: str = "node", victims: int = 1, after_step: i
     choice, nodes = await scene.drawn(name, victims, after_step)
     for victim in nodes:
         victim.doomed = True
-        victim.harmed(scene.board, "killed, memory removed")
     return await scene.strike(
         choice,
         [(pid, "SIGKILL") for victim in nodes for pid in victim.pids()],
         f"SIGKILL to trainer and daemon of {' and '.join(_described(nodes, choice))}, memory removed",
+        {victim.name: "killed, memory removed" for victim in nodes},
         [victim.memory for victim in nodes],
     )
 
@@ -120,12 +127,11 @@ async def node_silent(scene: Scene) -> Struck:
     choice, nodes = await scene.drawn("node-silent")
     (victim,) = nodes
     stale, pids = victim.launcher.living(), victim.pids()
-    victim.harmed(board, "stopped")
     text = f"SIGSTOP to trainer and daemon of {_described(nodes, choice)[0]}: no connection closes"
-    struck = await scene.strike(choice, [(pid, "SIGSTOP") for pid in pids], text)
+    struck = await scene.strike(choice, [(pid, "SIGSTOP") for pid in pids], text, {victim.name: "stopped"})
     await scene.step(board.history.reached() + SETTLE_STEPS)
     continued_s = await scene.killer.strike([(pid, "SIGCONT") for pid in pids])
-    victim.harmed(board, "continued")
+    board.nodes[victim.name].harm = "continued"
     board.tell("continued", f"SIGCONT to {victim.name}: its processes go on with what they know", continued_s)
     await board.until(
         lambda: not any(trainer.child.alive for trainer in stale),

@@ -54,8 +54,7 @@ class Watcher:
             self._board.watermark = told.step
         else:
             text = sentence(told)
-            event = Event(told.name, told.monotonic_s, text, told.generation, told.step, tuple(told.nodes))
-            self._board.events.append(event)
+            self._board.events.append(Event(told.name, told.monotonic_s, text))
             self._board.now = text.partition("\n")[0]
         self._board.changed()
 

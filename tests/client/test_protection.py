@@ -55,8 +55,7 @@ def test_with_max_lag_every_step_is_captured_and_the_lag_is_never_larger(
         run.resume()
         trainee.objects["optimizer"].register_step_pre_hook(lambda *_: lags.append(run._step + 1 - daemon.watermark_or_0()))
         train(trainee, run, 0, 12)
-        settle(run)
-        assert daemon.captured == list(range(1, 13))
+        daemon.wait(lambda d: d.captured == list(range(1, 13)))
         assert max(lags) <= bound
         assert run.statistics().dropped == {}
     assert daemon.hellos[0].slots == 3
@@ -129,8 +128,7 @@ def test_the_first_audited_step_does_not_stall_a_lag_of_one(fake: Start, socket_
     with attach(trainee, socket_path, max_lag=1, max_lag_wait_s=30) as run:
         run.resume()
         train(trainee, run, 0, 5)
-        settle(run)
-        assert daemon.captured == [1, 2, 3, 4, 5]
+        daemon.wait(lambda d: d.captured == [1, 2, 3, 4, 5])
         assert run.statistics().lag_wait_s < 10
 
 
@@ -175,8 +173,7 @@ def test_steps_that_are_not_due_are_not_captured(fake: Start, socket_path: Path)
             if i == 2:
                 granted(run, 3)
             run.step()
-        settle(run)
-        assert daemon.captured == [3]
+        daemon.wait(lambda d: d.captured == [3])
         assert daemon.aborted == {}
     assert daemon.hellos[0].every == 3
 
@@ -196,17 +193,15 @@ def test_a_loss_that_is_not_finite_holds_the_job_until_it_is_accepted(
         trainee.step(4)
         run.step(loss=loss)
         train(trainee, run, 5, 8)
-        daemon.wait(lambda d: d.step == 8)
+        daemon.wait(lambda d: d.step == 8 and d.captured == [1, 2, 3, 4])
         assert daemon.aborted[5].not_finite
-        assert daemon.captured == [1, 2, 3, 4]
         assert daemon.watermark == 4
         assert run.statistics().protected_step == 4
         assert run.statistics().dropped["the loss is not finite"] >= 1
         run.accept()
         daemon.wait(lambda d: d.accepted == 1)
         train(trainee, run, 8, 11)
-        settle(run)
-        assert daemon.captured[-1] == 11
+        daemon.wait(lambda d: d.captured[-1] == 11)
 
 
 def test_a_loss_is_one_number(fake: Start, socket_path: Path) -> None:
@@ -238,11 +233,10 @@ def test_a_tensor_that_moves_behind_the_cut_voids_the_snapshot_and_becomes_volat
             loss = step(i)
             expected = state_of(trainee)
             run.step(loss=loss)
-        settle(run)
+        daemon.wait(lambda d: d.captured == [2, 3, 4, 5, 6])
         statistics = run.statistics()
         assert daemon.aborted.keys() == {1}
         assert "model.sneaky" in daemon.aborted[1].reason
-        assert daemon.captured == [2, 3, 4, 5, 6]
         assert (statistics.voided, statistics.volatile) == (1, ("model.sneaky",))
         assert statistics.audits == 3
         assert any("model.sneaky changed" in record.message for record in caplog.records)
@@ -313,10 +307,9 @@ def test_state_that_appears_later_makes_a_new_plan_and_is_kept(fake: Start, sock
             trainee.step(i)
             expected = state_of(trainee)
             run.step()
-        settle(run)
+        daemon.wait(lambda d: d.captured == [1, 2, 3, 4, 5])  # with max_lag, a new plan costs no step
         assert (plans, daemon.plans) == (1, 2)
         assert run.statistics().replans == 1
-        assert daemon.captured == [1, 2, 3, 4, 5], "with max_lag, a new plan costs no step"
         run.close(park=True)
     fake(memory=daemon.memory, generation=2)
     revived = plain()
@@ -351,8 +344,8 @@ def test_other_tensors_of_the_same_geometry_are_captured_without_a_new_plan(fake
             expected = state_of(trainee)
             run.step()
             settle(run)
-            image = daemon.images[i + 1]
-            assert_captured(image, expected)
+            daemon.wait(lambda d, step=i + 1: step in d.images)
+            assert_captured(daemon.images[i + 1], expected)
         assert daemon.plans == 1
 
 
@@ -399,9 +392,8 @@ def test_objects_that_outgrow_their_plan_get_a_new_one(what: str, fake: Start, s
                 growing.marks[f"at {i}"] = torch.full((i,), float(i))
             expected = state_of(trainee)
             run.step()
-        settle(run)
+        daemon.wait(lambda d: d.captured == [1, 2, 3, 4, 5])
         assert run.statistics().replans >= 2
-        assert daemon.captured == [1, 2, 3, 4, 5]
         run.close(park=True)
     fake(memory=daemon.memory, generation=2)
     revived = plain()
@@ -428,8 +420,7 @@ def test_a_state_that_grows_beyond_the_memory_does_not_end_training(
         growing.marks["small"] = torch.zeros(1)
         trainee.objects["model"][0].weight.data = trainee.objects["model"][0].weight.data.clone()
         train(trainee, run, 5, 8)
-        settle(run)
-        assert daemon.captured[-1] == 8
+        daemon.wait(lambda d: d.captured[-1] == 8)
 
 
 # save, close
@@ -472,8 +463,7 @@ def test_close_finishes_the_last_snapshot_and_says_goodbye(fake: Start, socket_p
     train(trainee, run, 0, 2)
     run.close()
     run.close()
-    daemon.wait(lambda d: d.goodbye is not None)
-    assert daemon.captured == [1, 2]
+    daemon.wait(lambda d: d.goodbye is not None and d.captured == [1, 2])
     assert daemon.goodbye is not None and not daemon.goodbye.park
     trainee.step(2)  # no hook is left
     assert not trainee.objects["optimizer"]._optimizer_step_pre_hooks
@@ -508,10 +498,9 @@ def test_training_outlives_the_daemon_and_protection_returns_with_it(
         mapping = run._protection._arena
         daemon = fake(memory=daemon.memory)
         back(trainee, run, 8)
-        settle(run)
+        daemon.wait(lambda d: run.statistics().step in d.captured)
         assert daemon.hellos[0].reconnect
         assert run._protection._arena is mapping, "the same inode: the mapping is kept"
-        assert daemon.captured[-1] == run.statistics().step
         assert run.statistics().reconnects == 1
 
 
@@ -526,7 +515,7 @@ def test_a_daemon_that_lost_its_memory_gives_a_new_arena(fake: Start, socket_pat
         train(trainee, run, 3, 4)
         daemon = fake()
         back(trainee, run, 4)
-        settle(run)
+        daemon.wait(lambda d: run.statistics().step in d.images)
         assert run._protection._arena is not mapping
         assert_captured(daemon.images[run.statistics().step], state_of(trainee))
 
@@ -584,6 +573,5 @@ def test_other_failures_are_told_and_training_goes_on(
         train(trainee, run, 0, 2)
         daemon.fail(common_pb2.ERROR_CODE_INVALID, "no grant for step 2")
         train(trainee, run, 2, 4)
-        settle(run)
+        daemon.wait(lambda d: d.captured == [1, 2, 3, 4])
         assert any("no grant for step 2" in record.message for record in caplog.records)
-        assert daemon.captured == [1, 2, 3, 4]

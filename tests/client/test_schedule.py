@@ -86,9 +86,19 @@ def test_waiting_has_a_point_only_while_a_captured_step_can_become_protected() -
     assert not v.may_advance()
 
 
-def test_what_the_watermark_has_passed_is_forgotten() -> None:
+def test_a_daemon_that_was_away_may_name_steps_of_the_past() -> None:
+    """Steps that this rank took are left alone, since they may be protected; others stand in the way."""
+    v = view(grants(due=[9], watermark=8), floor=5)
+    v.captured |= {7, 8}
+    v.update(grants(due=[5, 6, 7, 8], watermark=5))
+    assert v.watermark == 8
+    assert v.missed(9) == [6]
+
+
+def test_what_lies_far_behind_the_watermark_is_forgotten() -> None:
     v = view(grants(due=[4], watermark=3))
-    v.captured |= {4, 5}
-    v.given_up.add(4)
-    v.update(grants(due=[6], watermark=4))
-    assert (v.captured, v.given_up) == ({5}, set())
+    v.captured |= {4, 5000}
+    v.given_up |= {4}
+    v.update(grants(due=[4, 6000], watermark=5000))
+    assert (v.captured, v.given_up) == ({5000}, set())
+    assert v.missed(5999) == []

@@ -137,6 +137,9 @@ class SimNode:
         waits = self.confirmed < self.started <= through
         return 0 if alive or waits else through
 
+    def living(self) -> list[Trainer]:
+        return [t for t in self.trainers.values() if t.state == TrainerState.ALIVE]
+
     def running(self) -> int:
         mine = {t.rank for t in self.trainers.values() if t.generation == self.generation}
         return self.generation if self.ranks and set(self.ranks) <= mine else 0
@@ -379,7 +382,7 @@ class SimNode:
         if held is None or generation != self.generation or self.daemon is None or not held.sealed:
             return
         self.memory.holdings[Snapshot(generation, step)] = replace(held, folded=True)
-        self.world.note_folded(generation, step)
+        self.world.folded.setdefault(Snapshot(generation, step), {})[self.name] = self.epoch
         self.changed()
 
 
@@ -410,6 +413,7 @@ class World:
         self.trouble = 0.0  # probability that a stream is cut, for each report
         # The oracle.
         self.rosters: dict[int, Roster] = {}
+        # Which memory of a node (by its epoch) folded a step.
         self.folded: dict[Snapshot, dict[str, int]] = {}
         self.protected: tuple[Snapshot, dict[str, int]] | None = None
         self.protected_steps: list[tuple[float, int]] = []
@@ -762,26 +766,18 @@ class World:
 
     # The oracle
 
-    def note_folded(self, generation: int, step: int) -> None:
-        """Remembers whose memory holds a step that is folded everywhere."""
-        roster = self.rosters.get(generation)
-        snapshot = Snapshot(generation, step)
-        if roster is None:
-            return
-        held = [self.nodes[n].memory.holdings.get(snapshot) for n in roster.nodes]
-        if all(h is not None and h.folded for h in held):
-            self.folded[snapshot] = {n: self.nodes[n].epoch for n in roster.nodes}
-
     def now_protected(self, snapshot: Snapshot) -> None:
         """Somebody told somebody that this step is protected."""
-        assert snapshot in self.folded, f"{snapshot} was called protected and was never folded everywhere"
+        epochs = self.folded.get(snapshot, {})
+        missing = set(self.rosters[snapshot.generation].nodes) - set(epochs)
+        assert not missing, f"{snapshot} was called protected, and {missing} never folded it"
         if self.protected is not None and self.protected[0].generation == snapshot.generation:
             if self.protected[0].step >= snapshot.step:
                 return
         elif snapshot.generation != max(self.rosters):
             return
         self.protected_steps.append((self.now, snapshot.step))
-        self.protected = (snapshot, self.folded[snapshot])
+        self.protected = (snapshot, epochs)
 
     def content(self, generation: int, step: int) -> Snapshot:
         """Which generation really computed the state at `step` of this generation's line."""
@@ -810,6 +806,10 @@ class World:
 
     def check_start(self, roster: Roster) -> None:
         """A new generation starts from the newest protected step or later, on the same line."""
+        for name in roster.nodes:
+            running = {t.generation for t in self.nodes[name].living()}
+            assert not running, f"{name} gets ranks while its trainers of {running} live"
+        assert roster.start.step or not self.protected_steps, "never afresh once a step was protected"
         if self.protected is None:
             return
         snapshot, _ = self.protected

@@ -13,7 +13,7 @@ from ckptd.coordinator.state import RUNNING, Job
 QUICK_SEEDS = 16
 SOAK_SEEDS = 3000
 
-FAULTS = ["rank", "node", "node", "daemon", "silent", "coordinator", "coordinator-empty", "cut"]
+FAULTS = ["rank", "node", "node", "reboot", "daemon", "silent", "coordinator", "coordinator-empty", "cut"]
 
 
 def strike(world: World, fault: str, rng: random.Random) -> None:
@@ -29,6 +29,9 @@ def strike(world: World, fault: str, rng: random.Random) -> None:
         case "node":
             world.kill_node(node)
             world.after(back + 1.0, lambda: world.start_node(node) if not node.up else None)
+        case "reboot":
+            world.kill_node(node)
+            world.after(rng.uniform(0.01, 0.5), lambda: world.start_node(node) if not node.up else None)
         case "daemon":
             world.kill_daemon(node)
             world.after(back, lambda: world.start_daemon(node))

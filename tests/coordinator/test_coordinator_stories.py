@@ -10,11 +10,11 @@ from coordinator_world import JOB, World
 from ckptd.coordinator import machine
 from ckptd.coordinator.directives import status_of
 from ckptd.coordinator.effects import Announce, CommitEntry, Record, Send
-from ckptd.coordinator.events import Reported, Spec, Submitted, Tick
-from ckptd.coordinator.state import FINISHED, RUNNING, Job, State
+from ckptd.coordinator.events import NodeReport, Reported, Spec, Submitted, Tick
+from ckptd.coordinator.state import FINISHED, RUNNING, Job, State, Timing
 from ckptd.errors import InvalidRequest
 
-SEEDS = range(5)
+SEEDS = range(3)
 STEPS = ["stopped", "planned", "committed", "transferred", "started", "running"]
 
 
@@ -45,6 +45,8 @@ def first(made: World, name: str, since: float) -> Announce:
 
 def recovers(made: World, generation: int = 2) -> None:
     def there() -> bool:
+        if made.state is None or JOB not in made.state.jobs:
+            return False
         return job_of(made).phase == RUNNING and job_of(made).generation >= generation
 
     assert made.run_for(20.0, there), f"{job_of(made).phase}, {job_of(made).waiting_for}"
@@ -104,7 +106,7 @@ def test_a_node_dies_and_the_spare_takes_its_ranks_and_position(seed: int) -> No
     assert done - made.rosters[2].start.step <= 2
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_silent_node_is_dead_within_a_second_and_a_half(seed: int) -> None:
     made = world(seed)
     made.pauses = 0.0
@@ -144,7 +146,7 @@ def test_no_false_alarm_while_nothing_is_wrong(seed: int) -> None:
     """The coordinator itself is held up now and then, and reports are late."""
     made = world(seed)
     at = made.now
-    made.run_for(60.0)
+    made.run_for(30.0)
     assert names(made, at) == []
 
 
@@ -211,7 +213,7 @@ def test_a_daemon_dies_and_then_another_node() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("delay", [0.05, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("delay", [0.05, 0.4, 0.6, 0.8])
 def test_a_second_failure_restarts_planning(seed: int, delay: float) -> None:
     made = world(seed, spares=2, parity=2)
     protected = made.protected
@@ -382,12 +384,11 @@ def test_the_journal_is_written_before_any_node_hears_of_a_generation() -> None:
 
     def watched(state: State, event):  # type: ignore[no-untyped-def]
         state, effects = feed(state, event)
-        committed = next(
-            (i for i, e in enumerate(effects) if isinstance(e, Record) and isinstance(e.entry, CommitEntry)),
-            None,
-        )
-        if committed is not None:
-            generation = effects[committed].entry.plan.roster.generation
+        records = [(i, e.entry) for i, e in enumerate(effects) if isinstance(e, Record)]
+        for committed, entry in records:
+            if not isinstance(entry, CommitEntry):
+                continue
+            generation = entry.plan.roster.generation
             for i, effect in enumerate(effects):
                 if isinstance(effect, Send) and any(
                     w.roster is not None and w.roster.generation == generation for w in effect.directive.jobs
@@ -448,9 +449,12 @@ def test_submissions_are_checked() -> None:
 
 
 def test_two_jobs_share_no_node() -> None:
-    made = world(nodes=3, spares=3)
-    assert made.state is not None
-    made.state, _ = machine.step(made.state, Submitted(made.now, Spec("other", 3, 1, 1, 1, 3)))
-    made.run_for(1.0)
-    first_job, other = made.state.jobs[JOB], made.state.jobs["other"]
-    assert len(other.members) == 3 and not set(first_job.members) & set(other.members)
+    state = machine.restore([], Timing(settle_s=0.0))
+    reports = [(i + 1, NodeReport(f"n{i}", i, 1, control_address=f"n{i}:1")) for i in range(6)]
+    state, _ = machine.step(state, Reported(1.0, tuple(reports)))
+    for name in ("a", "b"):
+        state, _ = machine.step(state, Submitted(1.0, Spec(name, 3, 1, 1, 1, 3)))
+    assert state.jobs["a"].members == ("n0", "n1", "n2")
+    assert state.jobs["b"].members == ("n3", "n4", "n5")
+    state, _ = machine.step(state, Submitted(1.0, Spec("c", 1, 1, 1, 1, 3)))
+    assert state.jobs["c"].waiting_for == "1 more node"

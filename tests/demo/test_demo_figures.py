@@ -65,8 +65,8 @@ def two_generations() -> tuple[History, list[Event]]:
         tell(history, 2, rank, "finished", 9.0, digests={"weights": f"w{rank}", "optimizer": "o"})
     names = ("node-suspect", "incident", "planned", "committed", "transferred", "started", "running")
     times = (2.0625, 2.125, 2.25, 2.5, 2.75, 3.0, 8.5)
-    events = [Event(name, at, name, 2) for name, at in zip(names, times, strict=True)]
-    return history, [Event("incident", 0.5, "an earlier one", 1), *events]
+    events = [Event(name, at, name) for name, at in zip(names, times, strict=True)]
+    return history, [Event("incident", 0.5, "an earlier one"), *events]
 
 
 def test_a_step_counts_when_every_rank_has_completed_it() -> None:
@@ -119,6 +119,14 @@ def test_a_step_done_again_with_another_loss_is_a_difference() -> None:
     tell(history, 3, 1, "step", 21.0, step=10, loss=(0.5).hex(), value=0.5)
     found = figures.differences(final, final, history.losses(), control)
     assert found == ["rank 1: the loss of 1 steps, the first of them 10"]
+
+
+def test_what_an_older_generation_still_says_counts_for_nothing() -> None:
+    history, events = two_generations()
+    before = figures.recovery(events, history, struck_s=2.0, generation=1), history.capture_totals()
+    steps(history, 1, 1, 10, 11, t=30.0, dt=0.1)
+    tell(history, 1, 1, "kept", 31.0, step=11, statistics={"lag_steps": 9, "dropped": {}, "blocked_s": 40.0})
+    assert (figures.recovery(events, history, struck_s=2.0, generation=1), history.capture_totals()) == before
 
 
 def test_another_digest_names_rank_and_part() -> None:

@@ -39,7 +39,8 @@ def _written():
 def _hook(event, args):
     if event != "open" or isinstance(args[0], int) or args[0] is None:
         return
-    if sys._getframe(1).f_code.co_name == "_get_default_tempdir":
+    caller = sys._getframe().f_back
+    if caller is not None and caller.f_code.co_name == "_get_default_tempdir":
         return  # the standard library tries whether TMPDIR is writable, with five bytes
     path = os.fsdecode(args[0])
     flags = args[2] if len(args) > 2 and isinstance(args[2], int) else 0
@@ -104,6 +105,24 @@ def suspicious(process: Opened, scratch: Path) -> list[str]:
         if not (code or memory or pipe or log or hook or directory):
             strange.append(f"{'writes' if write else 'reads'} {path}")
     return strange
+
+
+def test_a_checkpoint_would_be_noticed(tmp_path: Path) -> None:
+    """The judge itself: code, system files and memory pass, state on disk does not."""
+    fine = {
+        (os.path.realpath(os.__file__), False),
+        ("/etc/ld.so.cache", False),
+        ("/dev/shm/ckptd-demo-1-x/node0/gpt-demo/rank0.arena", True),
+        (str(tmp_path / "ckptd-demo-1-x" / "logs" / "node0.log"), True),
+    }
+    bad = {
+        (str(tmp_path / "ckptd-demo-1-x" / "step-7.pt"), False),
+        (str(tmp_path / "state.safetensors"), True),
+        ("/dev/shm/other", True),
+        (os.path.realpath(os.__file__), True),
+    }
+    assert suspicious(Opened(paths=fine), tmp_path) == []
+    assert len(suspicious(Opened(paths=fine | bad), tmp_path)) == len(bad)
 
 
 @pytest.mark.timeout(200)

@@ -89,6 +89,7 @@ def test_places_are_gone_afterwards_but_logs_of_a_failure_stay() -> None:
     with scratch.scratch(resolved) as places:
         assert places.memory.is_dir()
         assert places.logs.is_dir()
+        places.keep_logs = False
     assert not places.memory.exists()
     assert not places.root.exists()
     with pytest.raises(InvalidRequest), scratch.scratch(resolved) as failed:
