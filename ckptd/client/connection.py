@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+from array import array
 from collections import deque
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -27,7 +28,8 @@ MAX_FRAME_BYTES: Final = 16 << 20
 MAX_UNSENT_BYTES: Final = 1 << 20
 _LENGTH: Final = struct.Struct("<I")
 _READ_BYTES: Final = 1 << 16
-_MAX_FDS: Final = 8
+_FD_BYTES: Final = array("i").itemsize
+_FDS_BYTES: Final = socket.CMSG_SPACE(8 * _FD_BYTES)
 
 _ERRORS: Final[dict[int, type[errors.CkptdError]]] = {
     common_pb2.ERROR_CODE_INVALID: errors.InvalidRequest,
@@ -167,12 +169,15 @@ class Connection:
         if self._closed:
             raise ConnectionLost("the connection is closed")
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, _READ_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            # Not socket.recv_fds, which drops its flags (CPython 3.11).
+            data, ancillary, _, _ = self._sock.recvmsg(_READ_BYTES, _FDS_BYTES, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except OSError as error:
             raise ConnectionLost(f"the daemon is gone ({error.strerror})") from error
-        self._fds.extend(fds)
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds.extend(array("i", payload[: len(payload) // _FD_BYTES * _FD_BYTES]))
         if not data:
             raise ConnectionLost("the daemon closed the connection")
         self._received += data

@@ -250,6 +250,8 @@ class Link:
             error = error_of(message.failure)
             if isinstance(error, errors.StaleGeneration):
                 self.fatal = error
+            elif isinstance(error, errors.InvalidRequest):
+                log.info("the daemon refused: %s", error)  # of a step that others gave up meanwhile, mostly
             else:
                 log.warning("the daemon says: %s", error)
         elif arrival.fd is not None:  # the answer to a request that ran into its deadline

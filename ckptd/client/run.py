@@ -46,6 +46,7 @@ from ckptd.v1 import local_pb2
 log = logging.getLogger("ckptd")
 
 _LEAVE_S = 5.0
+_REASON_CHARACTERS = 200
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
@@ -330,8 +331,22 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What failed may be resumed: its memory is kept.
-        self._end(park=kind is not None)
+        if error is None:
+            self._end(park=False)
+        else:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """This process ends because of an error: the job hears of it before the interpreter is done.
+
+        What it captured stays, and may be resumed from.
+        """
+        if self._armed:
+            self._leave()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:_REASON_CHARACTERS]
+            self._link.tell(local_pb2.TrainerMessage(failing=local_pb2.Failing(reason=reason)), _LEAVE_S)
+            self._link.flush(_LEAVE_S)
+            self._link.close(park=None)
 
     def _end(self, park: bool) -> None:
         with self._lock:
@@ -458,5 +473,14 @@ def _end_all() -> None:
         run._leave()
 
 
+def _fail_all(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What nobody caught ends the process: every run says so, then the error is shown as always."""
+    for run in list(_runs):
+        run._fail(error)
+    _shown_by(kind, error, trace)
+
+
+_shown_by = sys.excepthook
+sys.excepthook = _fail_all
 os.register_at_fork(after_in_child=_disarm_all)
 atexit.register(_end_all)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from ckptd.v1 import common_pb2, local_pb2
 
-
 _REMEMBERED_STEPS = 1024
 
 

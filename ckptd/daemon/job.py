@@ -44,6 +44,8 @@ class Trainer:
     # Said Hello; before that it is only known from its launcher or an older record.
     attached: bool = False
     parks: bool = False
+    # It said that it ends because of an error; its process may still be there.
+    failing: bool = False
 
 
 @dataclass
@@ -235,7 +237,7 @@ class Job:
     def grant(self) -> None:
         """Gives every due step a slot of every ready rank, as far as slots are free."""
         for trainer in self.living():
-            if trainer.generation <= self.stop_through or not self.ready(trainer):
+            if trainer.failing or trainer.generation <= self.stop_through or not self.ready(trainer):
                 continue
             mine = self.grants.setdefault(trainer.rank, {})
             due = set(self.schedule.due)
@@ -414,7 +416,7 @@ class Job:
                 rank=t.rank,
                 generation=t.generation,
                 pid=t.pid,
-                state=t.state,
+                state=State.DIED if t.failing and t.state == State.ALIVE else t.state,
                 step=t.step,
                 ready=self.ready(t),
                 exit=t.exit,

@@ -337,6 +337,14 @@ class Node:
                 self._drop(job)
         self.changed()
 
+    def failing(self, job: Job, trainer: Trainer, reason: str) -> None:
+        """A trainer says that it ends because of an error; its process is still watched."""
+        log.warning("job %s: rank %d ends after step %d: %s", job.name, trainer.rank, trainer.step, reason)
+        trainer.failing, trainer.exit = True, reason
+        job.grants.pop(trainer.rank, None)
+        job.save()
+        self.changed()
+
     def launched(self, job: Job, generation: int, rank: int, pid: int) -> None:
         """The launcher started a trainer; it is watched even before it attaches."""
         known = job.trainers.get(rank)

@@ -163,6 +163,9 @@ class _Session:
             return
         if self._node.jobs.get(self._job.name) is not self._job:
             raise NotFound(f"the memory of job {self._job.name} was freed", "", "attach again")
+        if body == "failing":
+            self._node.failing(self._job, self._trainer, message.failing.reason)
+            return
         self._job.refuse_stale(self._trainer.generation)
         if body == "plan":
             self._plan(message.plan)

@@ -17,7 +17,7 @@ def directory() -> Path:
     Raises:
         NotFound: the installation is not complete.
     """
-    candidates = [PACKAGE_PARENT / "examples" / "gpt", PACKAGE_PARENT / "ckptd" / "examples" / "gpt"]
+    candidates = [PACKAGE_PARENT / "ckptd" / "examples" / "gpt", PACKAGE_PARENT / "examples" / "gpt"]
     for candidate in candidates:
         if (candidate / "train.py").is_file():
             return candidate

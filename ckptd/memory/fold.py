@@ -64,7 +64,7 @@ class Fold:
         key, p = (stripe, node), self._index_of.get(stripe)
         if p is None or key not in self._expected or self._geometry.stripe_of(node, chunk) != stripe:
             raise ValueError(f"stripe {stripe} chunk {chunk} of node {node} is not awaited here")
-        count, offset = len(cells) // CELL_BYTES, first_cell * CELL_BYTES
+        count = len(cells) // CELL_BYTES
         if len(cells) % CELL_BYTES:
             raise ValueError(f"{len(cells)} bytes are no whole cells")
         # A sender that lost its connection sends again while its old frames are still being
@@ -75,14 +75,14 @@ class Fold:
                 raise ValueError("this fold was given up")
             if first_cell + count <= due:
                 return  # sent again after a broken connection
-            if key in self._done or first_cell != due:
+            if key in self._done or first_cell > due:
                 raise ValueError(f"cell {first_cell} of {key} comes out of turn, expected {due}")
-            chunk_of = self._chunks[p]
-            if offset + len(cells) > len(chunk_of):
-                raise ValueError(f"cells up to byte {offset + len(cells)} in a chunk of {len(chunk_of)}")
+            parity = self._chunks[p][due * CELL_BYTES : (first_cell + count) * CELL_BYTES]
+            new = cells[(due - first_cell) * CELL_BYTES :]
+            if len(parity) != len(new):
+                raise ValueError(f"cells up to {first_cell + count} in a chunk of {len(self._chunks[p])} bytes")
             self._zero(p)
-            symbol = self._geometry.symbol_on(node, stripe)
-            self._code.update_one(symbol, p, cells, chunk_of[offset : offset + len(cells)])
+            self._code.update_one(self._geometry.symbol_on(node, stripe), p, new, parity)
             self._next_cell[key] = first_cell + count
 
     def finish(self, stripe: int, node: int, cells: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckptd.erasure.groups import cut
 from ckptd.erasure.stripe import Geometry
@@ -42,12 +43,16 @@ class Roster:
     parity: int
     start: Snapshot = Snapshot()
 
-    @property
+    @cached_property
     def nodes(self) -> tuple[str, ...]:
         return tuple(member.node for member in self.members)
 
     def member(self, node: str) -> Member | None:
-        return next((member for member in self.members if member.node == node), None)
+        return self._by_node.get(node)
+
+    @cached_property
+    def _by_node(self) -> dict[str, Member]:
+        return {member.node: member for member in self.members}
 
 
 @dataclass(frozen=True)

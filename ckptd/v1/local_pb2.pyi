@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TrainerMessage(_message.Message):
-    __slots__ = ("header", "hello", "plan", "captured", "aborted", "progress", "accept", "locate", "goodbye", "reserve")
+    __slots__ = ("header", "hello", "plan", "captured", "aborted", "progress", "accept", "locate", "goodbye", "reserve", "failing")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class TrainerMessage(_message.Message):
     LOCATE_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
+    FAILING_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     hello: Hello
     plan: Plan
@@ -29,7 +30,8 @@ class TrainerMessage(_message.Message):
     locate: Locate
     goodbye: Goodbye
     reserve: Reserve
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., captured: _Optional[_Union[Captured, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., locate: _Optional[_Union[Locate, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ...) -> None: ...
+    failing: Failing
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., captured: _Optional[_Union[Captured, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., locate: _Optional[_Union[Locate, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., failing: _Optional[_Union[Failing, _Mapping]] = ...) -> None: ...
 
 class DaemonMessage(_message.Message):
     __slots__ = ("welcome", "arena_ready", "grants", "located", "failure", "reserved")
@@ -200,6 +202,12 @@ class Goodbye(_message.Message):
     PARK_FIELD_NUMBER: _ClassVar[int]
     park: bool
     def __init__(self, park: _Optional[bool] = ...) -> None: ...
+
+class Failing(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("error",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 from fakedaemon import FakeDaemon
+
+from ckptd.client import embedded
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,25 @@ def fake(socket_path: Path) -> Iterator[Callable[..., FakeDaemon]]:
         started[-1].stop()
     complaints = [complaint for daemon in started for complaint in daemon.complaints]
     assert not complaints, complaints
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A node without any daemon; one that is started is ended."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ckptd-home-") as directory,
+        tempfile.TemporaryDirectory(prefix="ckptd-test-", dir="/dev/shm") as memory,
+    ):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        monkeypatch.setenv("CKPTD_MEMORY_DIR", f"{memory}/m")
+        monkeypatch.setattr(embedded, "SYSTEM_SOCKET", Path(directory) / "no-system-daemon")
+        monkeypatch.setattr(embedded.find_daemon, "__defaults__", (Path(directory) / "no-system-daemon",))
+        yield Path(directory)
+        while embedded._started:
+            process = embedded._started.pop()
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            finally:
+                process.kill()
+                process.wait()

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class FakeDaemon:
         self.accepted = 0
         self.plans = 0
         self.goodbye: local_pb2.Goodbye | None = None
+        self.failing = ""
         self.hellos: list[local_pb2.Hello] = []
         self.reserved: list[int] = []
         self.complaints: list[str] = []
@@ -102,10 +104,8 @@ class FakeDaemon:
         with self._changed:
             # shutdown wakes the threads; close alone would not.
             for sock in [self._listener, *self._links]:
-                try:
+                with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
         for thread in list(self._threads):
             thread.join(WAIT_S)
             assert not thread.is_alive()
@@ -115,7 +115,11 @@ class FakeDaemon:
     def wait(self, condition: Callable[[FakeDaemon], bool]) -> None:
         """Waits until something holds."""
         with self._changed:
-            assert self._changed.wait_for(lambda: condition(self), WAIT_S), (self.captured, self.aborted, self.step)
+            assert self._changed.wait_for(lambda: condition(self), WAIT_S), (
+                self.captured,
+                self.aborted,
+                self.step,
+            )
 
     def watermark_or_0(self) -> int:
         """The watermark, where a fresh start counts as protected."""
@@ -248,6 +252,9 @@ class FakeDaemon:
         self.step = self.watermark = step
         return _send(link, local_pb2.DaemonMessage(located=located), memory.fd)
 
+    def _on_failing(self, link: socket.socket, message: local_pb2.TrainerMessage, rank: list[int]) -> None:
+        self.failing = message.failing.reason
+
     def _on_goodbye(self, link: socket.socket, message: local_pb2.TrainerMessage, rank: list[int]) -> None:
         self.goodbye = message.goodbye
 
@@ -273,15 +280,12 @@ class FakeDaemon:
         )
         grants = [local_pb2.Grant(step=step, slot=slot) for step, slot in sorted(self._grants.items())]
         for link in self._links:
-            try:
-                _send(
-                    link, local_pb2.DaemonMessage(grants=local_pb2.Grants(schedule=schedule, grants=grants))
-                )
-            except OSError:
-                pass
+            with suppress(OSError):
+                body = local_pb2.Grants(schedule=schedule, grants=grants)
+                _send(link, local_pb2.DaemonMessage(grants=body))
 
     def _due_steps(self, memory: Memory | None) -> list[int]:
-        """As in ckptd.memory.schedule: due until protected, named in everybody's future, slots - 1 at most."""
+        """As in ckptd.memory.schedule: due until protected, named in the future, slots - 1 at most."""
         if self.held:
             self._due.clear()
         elif self.due is not None:

@@ -62,7 +62,13 @@ def test_wrong_requests_are_refused_by_name(
     options: dict[str, Any], error: type[Exception], says: str, fake: Start, socket_path: Path
 ) -> None:
     fake()
-    given: dict[str, Any] = {"job": "job", "model": nn.Linear(2, 2), "socket": socket_path, "rank": 0, "world_size": 1}
+    given: dict[str, Any] = {
+        "job": "job",
+        "model": nn.Linear(2, 2),
+        "socket": socket_path,
+        "rank": 0,
+        "world_size": 1,
+    }
     with pytest.raises(error, match=says.replace("[", r"\[").replace("]", r"\]")):
         ckptd.attach(**{**given, **options})
 
@@ -111,7 +117,11 @@ def test_a_daemon_of_another_version(fake: Start, socket_path: Path) -> None:
     ],
 )
 def test_the_daemons_refusal_is_the_users_error(
-    code: common_pb2.ErrorCode, error: type[Exception], fake: Start, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: common_pb2.ErrorCode,
+    error: type[Exception],
+    fake: Start,
+    socket_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     daemon = fake()
     monkeypatch.setattr(daemon, "_on_hello", lambda link, message, rank: daemon._failure(link, code, "no"))
@@ -146,7 +156,9 @@ def test_a_size_that_is_not_known_before_is_checked_after_the_first_step(
             run.step()
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.Muon])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.Muon]
+)
 def test_the_estimate_is_what_the_first_step_needs(
     optimizer: Callable[..., torch.optim.Optimizer], fake: Start, socket_path: Path
 ) -> None:
@@ -267,10 +279,18 @@ def test_place_comes_from_arguments_environment_and_defaults() -> None:
     assert (ours.generation, ours.socket, ours.runtime_dir) == (7, Path("/s"), Path("/run/user/1/ckptd"))
 
 
-def test_the_hello_says_what_was_asked(fake: Start, socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hello_says_what_was_asked(
+    fake: Start, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CKPTD_GENERATION", "4")
     daemon = fake(generation=4, survives="rank deaths")
     with attach(plain(), socket_path, every=2, slots=4, parity=1) as run:
-        assert (run.generation, run.node, run.survives, run.rank, run.world_size) == (4, "fake", "rank deaths", 0, 1)
+        assert (run.generation, run.node, run.survives, run.rank, run.world_size) == (
+            4,
+            "fake",
+            "rank deaths",
+            0,
+            1,
+        )
     hello = daemon.hellos[0]
     assert (hello.protocol, hello.every, hello.slots, hello.parity, hello.reconnect) == (1, 2, 4, 1, False)

@@ -1,4 +1,4 @@
-"""The restored state equals a deep copy taken at the cut, for every way of training that has surprised someone.
+"""The restored state equals a deep copy taken at the cut, for every way of training that surprised someone.
 
 Training goes on after the cut before the copy has begun: the copier is held back
 until a fence waits for it.  So a fence that is missing, too late or for the wrong
@@ -106,7 +106,10 @@ def clamped() -> Trainee:
 def two_optimizers() -> Trainee:
     """As in a GAN: each steps in the middle of the iteration, one of them only every other time."""
     one, two = nn.Linear(6, 6), nn.Linear(6, 6)
-    first, second = torch.optim.Adam(one.parameters(), lr=0.1), torch.optim.SGD(two.parameters(), lr=0.1, momentum=0.5)
+    first, second = (
+        torch.optim.Adam(one.parameters(), lr=0.1),
+        torch.optim.SGD(two.parameters(), lr=0.1, momentum=0.5),
+    )
 
     def step(i: int) -> None:
         if i % 2 == 0:
@@ -131,7 +134,9 @@ def in_backward() -> Trainee:
             optimizer.zero_grad()
 
         p.register_post_accumulate_grad_hook(apply)
-    return Trainee({"model": model, "optimizer": optimizers}, lambda i: model(batch(i)).pow(2).mean().backward())
+    return Trainee(
+        {"model": model, "optimizer": optimizers}, lambda i: model(batch(i)).pow(2).mean().backward()
+    )
 
 
 def accumulation() -> Trainee:
@@ -168,7 +173,10 @@ def skipped_scaler_steps() -> Trainee:
 def frozen_and_groups() -> Trainee:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     model[0].requires_grad_(False)
-    groups = [{"params": model[1].parameters(), "lr": 0.1}, {"params": model[2].parameters(), "weight_decay": 0.3}]
+    groups = [
+        {"params": model[1].parameters(), "lr": 0.1},
+        {"params": model[2].parameters(), "weight_decay": 0.3},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.01)
     return with_optimizer(model, optimizer)
 
@@ -187,14 +195,18 @@ def scheduled() -> Trainee:
 
 def tied() -> Trainee:
     """An embedding that is the output layer, too, and a weight that is a view of another layer's."""
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "out": nn.Linear(4, 7, bias=False), "mix": nn.Linear(4, 4)})
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(7, 4), "out": nn.Linear(4, 7, bias=False), "mix": nn.Linear(4, 4)}
+    )
     model["out"].weight = model["embed"].weight
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
 
     def step(i: int) -> None:
         tokens = torch.arange(5) % 7
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model["out"](model["mix"](model["embed"](tokens))), (tokens + i) % 7).backward()
+        nn.functional.cross_entropy(
+            model["out"](model["mix"](model["embed"](tokens))), (tokens + i) % 7
+        ).backward()
         optimizer.step()
 
     return Trainee({"model": model, "optimizer": optimizer}, step)

@@ -67,7 +67,11 @@ def test_descriptors_come_with_the_frames_that_announce_them(pair: tuple[Connect
 
 @pytest.mark.parametrize(
     "data",
-    [LENGTH.pack(MAX_FRAME_BYTES + 1), LENGTH.pack(3) + b"\xff\xff\xff", frame(arena_ready=local_pb2.ArenaReady())],
+    [
+        LENGTH.pack(MAX_FRAME_BYTES + 1),
+        LENGTH.pack(3) + b"\xff\xff\xff",
+        frame(arena_ready=local_pb2.ArenaReady()),
+    ],
     ids=["too long", "no message", "no descriptor"],
 )
 def test_what_is_no_frame_of_ours_is_refused(data: bytes, pair: tuple[Connection, socket.socket]) -> None:
@@ -98,8 +102,10 @@ def test_every_frame_carries_job_generation_and_deadline(pair: tuple[Connection,
     assert (message.header.job, message.header.generation, message.header.timeout_ms) == ("job", 3, 1500)
 
 
-def test_a_daemon_that_does_not_read_blocks_nobody_and_is_given_up(pair: tuple[Connection, socket.socket]) -> None:
-    connection, daemon = pair
+def test_a_daemon_that_does_not_read_blocks_nobody_and_is_given_up(
+    pair: tuple[Connection, socket.socket],
+) -> None:
+    connection, _ = pair
     began = time.monotonic()
     with pytest.raises(ConnectionLost, match="does not read"):
         for step in range(1_000_000):
@@ -110,7 +116,7 @@ def test_a_daemon_that_does_not_read_blocks_nobody_and_is_given_up(pair: tuple[C
 
 
 def test_waiting_ends_at_the_deadline(pair: tuple[Connection, socket.socket]) -> None:
-    connection, daemon = pair
+    connection, _ = pair
     began = time.monotonic()
     connection.wait(began + 0.05)
     assert 0.04 <= time.monotonic() - began < 5

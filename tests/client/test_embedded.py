@@ -6,47 +6,22 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from fakedaemon import FakeDaemon
-from trainees import assert_same, plain, seed_all, state_of
+from trainees import assert_same, in_a_child, plain, seed_all, state_of
 
 import ckptd
 from ckptd import errors
 from ckptd.client import embedded
 from ckptd.client.settings import Environment
 
-HERE = Path(__file__).parent
 
-
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A node without any daemon; one that is started is ended."""
-    with (
-        tempfile.TemporaryDirectory(prefix="ckptd-home-") as directory,
-        tempfile.TemporaryDirectory(prefix="ckptd-test-", dir="/dev/shm") as memory,
-    ):
-        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
-        monkeypatch.setenv("CKPTD_MEMORY_DIR", f"{memory}/m")
-        monkeypatch.setattr(embedded, "SYSTEM_SOCKET", Path(directory) / "no-system-daemon")
-        monkeypatch.setattr(embedded.find_daemon, "__defaults__", (Path(directory) / "no-system-daemon",))
-        yield Path(directory)
-        while embedded._started:
-            process = embedded._started.pop()
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            finally:
-                process.kill()
-                process.wait()
-
-
-def test_attach_starts_a_daemon_that_outlives_a_killed_trainer(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_attach_starts_a_daemon_that_outlives_a_killed_trainer(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     trainee = plain()
     run = ckptd.attach("life", max_lag=1, **trainee.objects)
     said = capfd.readouterr().err
@@ -58,17 +33,19 @@ def test_attach_starts_a_daemon_that_outlives_a_killed_trainer(home: Path, capfd
     run.close()
 
     # Another process trains and is killed in the middle of a step.
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import os, signal, ckptd, torch\n"
-        "from trainees import plain, seed_all\n"
-        "seed_all(5); t = plain(); run = ckptd.attach('life2', max_lag=1, **t.objects)\n"
-        "assert run.resume().step == 0\n"
-        "for i in range(4): t.step(i); run.step()\n"
-        "run.save(); t.step(4); os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    dead = subprocess.run([sys.executable, "-c", script, str(HERE)], timeout=60, check=False)
-    assert dead.returncode == -signal.SIGKILL
+    def train_and_die() -> None:
+        seed_all(5)
+        trainee = plain()
+        run = ckptd.attach("life2", max_lag=1, **trainee.objects)
+        assert run.resume().step == 0
+        for i in range(4):
+            trainee.step(i)
+            run.step()
+        run.save()
+        trainee.step(4)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_a_child(train_and_die) == -signal.SIGKILL
     assert len(embedded._started) == 1 and process.poll() is None
 
     seed_all(5)
@@ -91,17 +68,13 @@ def test_attach_starts_a_daemon_that_outlives_a_killed_trainer(home: Path, capfd
 
 def test_a_second_trainer_of_the_same_rank_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPTD_RANK_HANDOVER_S", "0.2")  # read by the daemon that is started
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import ckptd; from trainees import plain\n"
-        "try: ckptd.attach('twice', **plain().objects)\n"
-        "except ckptd.errors.RankTaken as error: print('refused:', error)\n"
-    )
+
+    def come_second() -> None:
+        with pytest.raises(errors.RankTaken, match="rank 0 of job twice"):
+            ckptd.attach("twice", **plain().objects)
+
     with ckptd.attach("twice", **plain().objects):
-        second = subprocess.run(
-            [sys.executable, "-c", script, str(HERE)], timeout=60, check=True, capture_output=True, text=True
-        )
-    assert "refused: rank 0 of job twice" in second.stdout
+        assert in_a_child(come_second) == 0
 
 
 def test_training_outlives_the_real_daemons_restart(home: Path) -> None:
@@ -156,26 +129,28 @@ def test_an_unsafe_runtime_directory_is_refused(what: str, tmp_path: Path) -> No
 
 def test_a_daemon_that_does_not_start_says_why(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/ls")
-    with pytest.raises(errors.Unreachable, match=r"did not start: it ended with code [1-9].*(invalid|unrecognized) option"):
+    with pytest.raises(
+        errors.Unreachable, match=r"did not start: it ended with code [1-9].*(invalid|unrecognized) option"
+    ):
         embedded.find_daemon(None, Environment.read(), 30)
 
 
 def test_only_one_of_many_starts_it(home: Path) -> None:
-    """Four trainers that come at once find one daemon."""
+    """Three trainers that come at once find one daemon."""
     script = (
-        "import sys, ckptd.client.embedded as e; from ckptd.client.settings import Environment; from pathlib import Path\n"
+        "import ckptd.client.embedded as e; from pathlib import Path\n"
+        "from ckptd.client.settings import Environment\n"
         "print(e.find_daemon(None, Environment.read(), 30, Path('/nowhere')), len(e._started),\n"
         "      *[p.pid for p in e._started])\n"
     )
-    many = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    many = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     said = [process.communicate(timeout=60)[0].split() for process in many]
     try:
-        assert [process.returncode for process in many] == [0] * 4
+        assert [process.returncode for process in many] == [0] * 3
         assert {words[0] for words in said} == {str(home / "ckptd" / "ckptd.sock")}
         assert sum(int(words[1]) for words in said) == 1
     finally:
         for pid in {int(pid) for words in said for pid in words[2:]}:
             os.kill(pid, signal.SIGTERM)
-
-
-assert torch is not None

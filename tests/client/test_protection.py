@@ -53,7 +53,9 @@ def test_with_max_lag_every_step_is_captured_and_the_lag_is_never_larger(
     with attach(trainee, socket_path, max_lag=bound) as run:
         # Runs behind the fence: here step i + 1 is about to change the parameters.
         run.resume()
-        trainee.objects["optimizer"].register_step_pre_hook(lambda *_: lags.append(run._step + 1 - daemon.watermark_or_0()))
+        trainee.objects["optimizer"].register_step_pre_hook(
+            lambda *_: lags.append(run._step + 1 - daemon.watermark_or_0())
+        )
         train(trainee, run, 0, 12)
         daemon.wait(lambda d: d.captured == list(range(1, 13)))
         assert max(lags) <= bound
@@ -181,7 +183,9 @@ def test_steps_that_are_not_due_are_not_captured(fake: Start, socket_path: Path)
 # Losses
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf"), torch.tensor(float("nan")), torch.tensor([-float("inf")])])
+@pytest.mark.parametrize(
+    "loss", [float("nan"), float("inf"), torch.tensor(float("nan")), torch.tensor([-float("inf")])]
+)
 def test_a_loss_that_is_not_finite_holds_the_job_until_it_is_accepted(
     loss: Any, fake: Start, socket_path: Path
 ) -> None:
@@ -318,7 +322,9 @@ def test_state_that_appears_later_makes_a_new_plan_and_is_kept(fake: Start, sock
         assert_same(expected, state_of(revived))
 
 
-def test_other_tensors_of_the_same_geometry_are_captured_without_a_new_plan(fake: Start, socket_path: Path) -> None:
+def test_other_tensors_of_the_same_geometry_are_captured_without_a_new_plan(
+    fake: Start, socket_path: Path
+) -> None:
     daemon = fake()
     seed_all(5)
     trainee = plain()
@@ -471,12 +477,18 @@ def test_close_finishes_the_last_snapshot_and_says_goodbye(fake: Start, socket_p
         run.step()
 
 
-def test_an_error_in_the_with_block_keeps_the_memory(fake: Start, socket_path: Path) -> None:
+def test_an_error_in_the_with_block_is_told_and_keeps_the_memory(fake: Start, socket_path: Path) -> None:
     daemon = fake()
-    with pytest.raises(ZeroDivisionError), attach(plain(), socket_path):
-        raise ZeroDivisionError
-    daemon.wait(lambda d: d.goodbye is not None)
-    assert daemon.goodbye is not None and daemon.goodbye.park
+    trainee = plain()
+    with pytest.raises(ZeroDivisionError), attach(trainee, socket_path, max_lag=1) as run:
+        run.resume()
+        train(trainee, run, 0, 1)
+        raise ZeroDivisionError("by nothing\nat all")
+    daemon.wait(lambda d: bool(d.failing) and not d._links)
+    assert daemon.failing == "ZeroDivisionError: by nothing"
+    assert daemon.captured == [1], "the last snapshot is finished first"
+    assert daemon.goodbye is None
+    trainee.step(1)  # the hooks do nothing any more
 
 
 # The daemon's absence

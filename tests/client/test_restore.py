@@ -32,7 +32,9 @@ def make(
     parameters = list(model.parameters())
     if reverse:
         parameters.reverse()
-    param_groups = [{"params": parameters}] if groups == 1 else [{"params": parameters[:2]}, {"params": parameters[2:]}]
+    param_groups = (
+        [{"params": parameters}] if groups == 1 else [{"params": parameters[:2]}, {"params": parameters[2:]}]
+    )
     opt = optimizer(param_groups, lr=0.1)
 
     def step(i: int) -> None:
@@ -94,7 +96,9 @@ def test_another_state_is_refused_and_nothing_is_changed(
     assert_same(before, state_of(trainee))
 
 
-def test_missing_and_unexpected_tensors_are_named(stored: dict[int, Memory], fake: Start, socket_path: Path) -> None:
+def test_missing_and_unexpected_tensors_are_named(
+    stored: dict[int, Memory], fake: Start, socket_path: Path
+) -> None:
     fake(memory=stored, generation=2)
     trainee = make()
     trainee.objects["model"].register_buffer("new", torch.zeros(1))
@@ -105,9 +109,14 @@ def test_missing_and_unexpected_tensors_are_named(stored: dict[int, Memory], fak
     assert "only in the stored state: model.2.bias, model.2.weight" in str(error.value)
 
 
-def test_another_world_size_needs_resharding(stored: dict[int, Memory], fake: Start, socket_path: Path) -> None:
+def test_another_world_size_needs_resharding(
+    stored: dict[int, Memory], fake: Start, socket_path: Path
+) -> None:
     fake(memory=stored, generation=2)
-    with attach(make(), socket_path, world_size=2) as run, pytest.raises(errors.StateMismatch, match="1 ranks"):
+    with (
+        attach(make(), socket_path, world_size=2) as run,
+        pytest.raises(errors.StateMismatch, match="1 ranks"),
+    ):
         run.resume()
 
 
@@ -129,9 +138,9 @@ def test_an_image_of_something_else_is_refused(
     trainee = make()
     name = "other" if what == "job" else "job"
     before = state_of(trainee)
-    with ckptd.attach(name, socket=socket_path, rank=0, world_size=1, **trainee.objects) as run:
-        with pytest.raises(errors.CorruptImage):
-            run.resume()
+    run = ckptd.attach(name, socket=socket_path, rank=0, world_size=1, **trainee.objects)
+    with run, pytest.raises(errors.CorruptImage):
+        run.resume()
     assert daemon.complaints == []
     assert_same(before, state_of(trainee))
 
@@ -154,7 +163,9 @@ def test_an_object_that_refuses_its_state_is_named(fake: Start, socket_path: Pat
         run.resume()
 
 
-def test_state_that_the_image_lacks_is_cleared(stored: dict[int, Memory], fake: Start, socket_path: Path) -> None:
+def test_state_that_the_image_lacks_is_cleared(
+    stored: dict[int, Memory], fake: Start, socket_path: Path
+) -> None:
     """A warm-up before resume() leaves nothing behind; tensors that fit are filled in place."""
     fake(memory=stored, generation=2)
     trainee = make()

@@ -68,14 +68,14 @@ def test_every_optimizer_round_trips(name: str, fake: Start, socket_path: Path) 
         def make(options: dict[str, Any] = options) -> Trainee:
             if name == "SparseAdam":
                 model: nn.Module = nn.Embedding(9, 4, sparse=True)
-                data: Callable[[int], torch.Tensor] = lambda i: torch.tensor([i % 9, 3])
             else:
-                model, data = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 2, bias=False)), batch
+                model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 2, bias=False))
             optimizer = kind(model.parameters(), **{"lr": 0.02, **options})
 
             def step(i: int) -> None:
                 optimizer.zero_grad()
-                model(data(i)).pow(2).sum().backward()
+                data = torch.tensor([i % 9, 3]) if name == "SparseAdam" else batch(i)
+                model(data).pow(2).sum().backward()
                 optimizer.step()
 
             return Trainee({"model": model, "optimizer": optimizer}, step)
@@ -174,7 +174,7 @@ def test_scalers_enabled_and_disabled_and_generators_round_trip(fake: Start, soc
 
 
 class OddOptimizer(torch.optim.Optimizer):
-    """State as it should not be, but is: numbers, None, nested tensors, a tensor that is the parameter, names."""
+    """State as it should not be, but is: numbers, None, nested tensors, the parameter itself, names."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1, "table": {"a": (1, 2)}})
@@ -204,7 +204,15 @@ class OddModule(nn.Linear):
         super().__init__(6, 2)
         self.notes = {"n": 0, "t": torch.zeros(2)}
         for index, dtype in enumerate(
-            [torch.bool, torch.uint8, torch.int64, torch.float16, torch.complex64, torch.float8_e4m3fn, torch.uint64]
+            [
+                torch.bool,
+                torch.uint8,
+                torch.int64,
+                torch.float16,
+                torch.complex64,
+                torch.float8_e4m3fn,
+                torch.uint64,
+            ]
         ):
             self.register_buffer(f"b{index}", torch.randn(3, 2).abs().mul(9).to(dtype))
         self.register_buffer("empty", torch.zeros(0, 4))

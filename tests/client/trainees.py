@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +44,13 @@ def state_of(trainee: Trainee) -> dict[str, Any]:
         "random": (torch.get_rng_state().clone(), np.random.get_state()[1].copy(), random.getstate())
     }
     for name, value in trainee.objects.items():
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [(0, value)]
+        items = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list)
+            else [(0, value)]
+        )
         for key, item in items:
             state[f"{name}.{key}"] = copy.deepcopy(item.state_dict())
     return state
@@ -71,7 +79,14 @@ def assert_same(left: Any, right: Any, path: str = "") -> None:
 
 def attach(trainee: Trainee, path: Any, **options: Any) -> Run:
     """Attaches a trainee as rank 0 of 1, without any of the environment's ideas."""
-    given = {"rank": 0, "world_size": 1, "local_world_size": 1, "timeout_s": 20.0, **trainee.options, **options}
+    given = {
+        "rank": 0,
+        "world_size": 1,
+        "local_world_size": 1,
+        "timeout_s": 20.0,
+        **trainee.options,
+        **options,
+    }
     return ckptd.attach("job", socket=path, **trainee.objects, **given)
 
 
@@ -93,3 +108,18 @@ def plain(optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, *
 def batch(i: int, size: int = 5, features: int = 6) -> torch.Tensor:
     """Iteration i's input; does not touch the global random state."""
     return torch.randn(size, features, generator=torch.Generator().manual_seed(1000 + i))
+
+
+def in_a_child(work: Callable[[], int | None]) -> int:
+    """Runs `work` in a forked child; returns its exit code, 99 if it raised, or the negative signal."""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            code = work() or 0
+        except BaseException:  # noqa: BLE001 - the child's top frame
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

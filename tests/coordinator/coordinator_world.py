@@ -93,6 +93,7 @@ class SimNode:
         self.domain = domain
         self.up = True
         self.frozen = False
+        self.mute = False  # its daemon hangs, its trainers do not
         self.epoch = 0  # grows whenever memory is lost
         self.memory = Memory()
         self.daemon: Daemon | None = None
@@ -405,6 +406,7 @@ class World:
         self.journal: list[Entry] = []
         self.keep_journal = True
         self.state: State | None = None
+        self.held_until = 0.0  # the coordinator's process gets no time until then
         self.pauses = 0.002  # probability that the coordinator is held up, for each tick
         self.life = 0
         self.pending: list[tuple[int, NodeReport]] = []
@@ -482,15 +484,19 @@ class World:
     def tick(self, life: int) -> None:
         if self.state is None or life != self.life:
             return
+        if self.now < self.held_until:
+            # Whatever waits for it, time is what it notices first.
+            self.at(self.held_until, lambda: (self.feed(Tick(self.now)), self.tick(life)))
+            return
         self.flush()
         self.feed(Tick(self.now))
         pause = self.timing.tick_s * self.random.uniform(1.0, 1.4)
         if self.random.random() < self.pauses:
-            pause = self.random.uniform(0.2, 2.5)  # the coordinator itself is held up
+            self.held_until = self.now + self.random.uniform(0.2, 2.5)
         self.after(pause, lambda: self.tick(life))
 
     def flush(self) -> None:
-        if self.pending and self.state is not None:
+        if self.pending and self.state is not None and self.now >= self.held_until:
             reports, self.pending = tuple(self.pending), []
             self.feed(Reported(self.now, reports))
 
@@ -547,7 +553,7 @@ class World:
         answer, delay = Answer.ANSWERED, self.short()
         if not node.up or (node.daemon is None and not node.frozen):
             answer = Answer.REFUSED
-        elif node.frozen:
+        elif node.frozen or node.mute:
             answer, delay = Answer.SILENT, 0.2
 
         def arrive() -> None:
@@ -569,7 +575,7 @@ class World:
 
     def send_report(self, node: SimNode) -> None:
         d = node.daemon
-        if d is None or not d.connected or self.state is None or not node.awake:
+        if d is None or not d.connected or self.state is None or not node.awake or node.mute:
             return
         report, session, life = node.report(), d.session, self.life
         if self.random.random() < self.trouble:

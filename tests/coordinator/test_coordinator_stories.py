@@ -165,11 +165,8 @@ def test_a_daemon_that_starves_for_most_of_a_second_is_not_dead(seed: int) -> No
 def test_a_coordinator_that_was_held_up_blames_nobody() -> None:
     made = world()
     at = made.now
-    life, made.life = made.life, -1  # no ticks, and nothing arrives
-    made.run_for(5.0)
-    made.life = life
-    made.tick(life)
-    made.run_for(5.0)
+    made.held_until = made.now + 5.0
+    made.run_for(10.0)
     assert names(made, at) == []
 
 
@@ -200,6 +197,17 @@ def test_a_daemon_dies_and_training_goes_on_without_protection(seed: int) -> Non
     assert schedule is not None and not schedule.paused
     assert (schedule.watermark or 0) > (mark or 0), "protection returns with the daemon"
     assert names(made, at) == ["node-suspect", "node-joined"]
+
+
+def test_a_daemon_that_hangs_while_training_goes_on_is_suspect_and_no_more() -> None:
+    made = world()
+    at, node = made.now, made.nodes["n1"]
+    node.mute = True
+    made.run_for(20.0)
+    assert names(made, at) == ["node-suspect"]
+    node.mute = False
+    made.run_for(3.0)
+    assert names(made, at) == ["node-suspect"] and made.protected_steps[-1][0] > made.now - 1.0
 
 
 def test_a_daemon_dies_and_then_another_node() -> None:
@@ -343,6 +351,28 @@ def test_a_member_that_reboots_faster_than_it_is_noticed_does_not_start_its_gene
     recovers(made)
     assert "came back without its memory" in first(made, "incident", at).text
     assert made.rosters[2].start.step >= 8
+
+
+def test_a_job_of_one_node_that_reboots_does_not_start_its_generation_twice() -> None:
+    """Nobody else is there to die: the job would silently begin anew."""
+    made = world(nodes=1, spares=0)
+    made.kill_node(made.nodes["n0"])
+    made.start_node(made.nodes["n0"])
+    steps = len(made.steps_done)
+    made.run_for(10.0)
+    assert "unrecoverable" in names(made) and len(made.steps_done) == steps
+
+
+def test_planning_waits_until_every_living_member_has_stopped() -> None:
+    made = world()
+    slow = made.nodes["n1"]
+    stop = slow.launcher_stops
+    slow.launcher_stops = lambda through: made.after(3.0, lambda: stop(through))  # type: ignore[method-assign]
+    made.kill_rank(made.nodes["n0"])
+    made.run_for(2.5)
+    assert job_of(made).waiting_for == "n1 to confirm the stop"
+    recovers(made)
+    assert made.rosters[2].nodes == made.rosters[1].nodes
 
 
 def test_a_member_that_does_not_confirm_its_stop_counts_as_lost() -> None:

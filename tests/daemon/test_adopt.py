@@ -151,7 +151,10 @@ async def test_a_flipped_byte_unseals_its_rank_and_nothing_else(tmp_path: Path) 
         assert 3 not in found.places
         # Its parity protects others, and is as good as before.
         assert report.folded and set(found.seals) == {"n0", "n2"}
-        # A new generation keeps it for that.
+        # A new generation keeps it for that, even with no image left.
+        holding.places[2].image[0] ^= 0x01
+        job = _adopted(tmp_path / "n1", "n1")
+        assert not job.memory.holdings[1, 7].rank_seals
         job.accept(cluster.roster(NAMES, 2, (1, 7)))
         assert job.memory.holdings[1, 7].folded
     finally:
@@ -291,9 +294,13 @@ GARBAGE: dict[str, Callable[[Path], object]] = {
     ),
     "an arena of a wrong size": lambda jobs: _file(jobs / JOB / f"rank-00009.{'0' * 32}.2.arena", b"x"),
     "an arena that is a directory": lambda jobs: (jobs / JOB / f"rank-00008.{'0' * 32}.2.arena").mkdir(),
-    "an arena that is a link": lambda jobs: (jobs / JOB / f"rank-00007.{'0' * 32}.2.arena").symlink_to("/dev/zero"),
+    "an arena that is a link": lambda jobs: (jobs / JOB / f"rank-00007.{'0' * 32}.2.arena").symlink_to(
+        "/dev/zero"
+    ),
     "a pipe as an arena": lambda jobs: os.mkfifo(jobs / JOB / f"rank-00006.{'0' * 32}.2.arena"),
-    "a holding that is garbage": lambda jobs: records.holding_path(jobs / JOB, 1, 99).write_bytes(b"\xff" * 99),
+    "a holding that is garbage": lambda jobs: records.holding_path(jobs / JOB, 1, 99).write_bytes(
+        b"\xff" * 99
+    ),
     "a holding that is empty": lambda jobs: records.holding_path(jobs / JOB, 1, 98).touch(),
     "a holding that is a directory": lambda jobs: records.holding_path(jobs / JOB, 1, 97).mkdir(),
     "a holding that is a link": lambda jobs: records.holding_path(jobs / JOB, 1, 96).symlink_to("/nowhere"),
@@ -312,7 +319,14 @@ def _stray(directory: Path, step: int) -> None:
     seal = bulk_pb2.SealRecord(job=JOB, generation=1, step=step, node="n0", cell_bytes=CELL_BYTES)
     seal.ranks.add(rank=0, image_bytes=1, plan_hash=b"z" * 16, cell_digests=bytes(16))
     record = memory_pb2.HoldingRecord(
-        job=JOB, generation=1, step=step, group=["n0", "n1"], position="n0", parity=1, seals=[seal], folded=True
+        job=JOB,
+        generation=1,
+        step=step,
+        group=["n0", "n1"],
+        position="n0",
+        parity=1,
+        seals=[seal],
+        folded=True,
     )
     record.images.add(rank=0, plan_hash=b"z" * 16, slot=7, image_bytes=1)
     record.chunk_bytes = CELL_BYTES

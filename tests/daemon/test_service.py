@@ -21,6 +21,8 @@ from ckptd.daemon.job import State, Trainer
 from ckptd.daemon.node import Node
 from ckptd.daemon.server import _control_server, control_socket
 from ckptd.daemon.settings import DaemonSettings
+from ckptd.erasure import Code
+from ckptd.errors import InvalidRequest
 from ckptd.v1 import common_pb2, coordinator_pb2, daemon_pb2, daemon_pb2_grpc, local_pb2
 
 JOB = "llama"
@@ -47,7 +49,9 @@ class Served:
         self.node.follow(coordinator_pb2.JobDirective(job=JOB, spec=spec, roster=roster, **wishes))
 
     def start(self, generation: int, **wishes: Any) -> None:
-        order = coordinator_pb2.StartOrder(generation=generation, master_address="127.0.0.1", master_port=4711)
+        order = coordinator_pb2.StartOrder(
+            generation=generation, master_address="127.0.0.1", master_port=4711
+        )
         self.direct(generation, start=order, **wishes)
 
     @property
@@ -56,7 +60,9 @@ class Served:
 
     async def confirm(self, generation: int, *, stopped: bool = False, **trainer: int) -> None:
         trainers = [daemon_pb2.LaunchedTrainer(**trainer)] if trainer else []  # type: ignore[arg-type]
-        request = daemon_pb2.ConfirmRequest(header=header(JOB, generation), stopped=stopped, trainers=trainers)
+        request = daemon_pb2.ConfirmRequest(
+            header=header(JOB, generation), stopped=stopped, trainers=trainers
+        )
         await self.stub.Confirm(request, timeout=SHORT_S)
 
     def orders(self, after: int) -> Orders:
@@ -172,7 +178,7 @@ async def test_status_tells_what_this_daemon_is_and_holds(tmp_path: Path) -> Non
         one.job.place_plan(trainer, local_pb2.Plan(plan_hash=PLAN, image_bytes=70_000), 1 << 40, {})
         reply = await one.stub.Status(daemon_pb2.DaemonStatusRequest(header=header("")), timeout=SHORT_S)
         assert (reply.protocol, reply.node, reply.memory_limit_bytes) == (1, "n0", 123 << 20)
-        assert (reply.memory_dir, reply.kernel in {"isal", "numpy"}) == (str(tmp_path / "m"), True)
+        assert (reply.memory_dir, reply.kernel) == (str(tmp_path / "m"), Code(1, 1).kernel.name)
         assert not reply.coordinator_connected and not reply.embedded and "parity" in reply.survives
         [memory] = reply.memory
         assert (memory.job, memory.arena_bytes, memory.parity_bytes) == (JOB, 3 * 2 * 65536, 0)
@@ -196,8 +202,12 @@ async def test_jobs_that_are_not_here_are_not_found(tmp_path: Path) -> None:
         report = coordinator_pb2.JobReport(job="nobody", generation=1)
         for call in (
             one.stub.Forget(daemon_pb2.ForgetRequest(header=header("nobody")), timeout=SHORT_S),
-            one.stub.Confirm(daemon_pb2.ConfirmRequest(header=header("nobody", 1), stopped=True), timeout=SHORT_S),
-            one.stub.Facts(daemon_pb2.FactsRequest(header=header("nobody", 1), report=report), timeout=SHORT_S),
+            one.stub.Confirm(
+                daemon_pb2.ConfirmRequest(header=header("nobody", 1), stopped=True), timeout=SHORT_S
+            ),
+            one.stub.Facts(
+                daemon_pb2.FactsRequest(header=header("nobody", 1), report=report), timeout=SHORT_S
+            ),
         ):
             assert "no job nobody" in await refused(call, grpc.StatusCode.NOT_FOUND)
         assert not (tmp_path / "m" / "jobs").exists()
@@ -220,7 +230,6 @@ async def test_orders_come_as_they_are_given(tmp_path: Path) -> None:
         assert await launcher.next() == ("start", 2)
         one.start(2, stop_through=1)  # the same wish again is no new order
         await launcher.nothing()
-        one.node.left(one.job, Trainer(0, 2, 0), True)
         one.direct(2, finished=True)
         assert await launcher.late() == ("finish", 2)
         assert await launcher.ended()
@@ -301,7 +310,9 @@ async def test_a_launched_trainer_is_watched_before_it_attaches(tmp_path: Path) 
             assert (trainer.pid, trainer.state, trainer.attached) == (child.pid, State.ALIVE, False)
             assert one.job.running_generation == 0, "it has not attached"
             child.kill()
-            await until(lambda: trainer.state == State.DIED, "its death is seen, without a word of the launcher")
+            await until(
+                lambda: trainer.state == State.DIED, "its death is seen, without a word of the launcher"
+            )
         finally:
             child.kill()
             child.wait(10)
@@ -361,7 +372,9 @@ def _attach(one: Served, generation: int, step: int = 0) -> None:
         one.job.place_plan(trainer, local_pb2.Plan(plan_hash=PLAN, image_bytes=100), 1 << 40, {})
 
 
-def _report(one: Served, generation: int, step: int = 0, folded: tuple[int, ...] = ()) -> coordinator_pb2.JobReport:
+def _report(
+    one: Served, generation: int, step: int = 0, folded: tuple[int, ...] = ()
+) -> coordinator_pb2.JobReport:
     trainers = [
         coordinator_pb2.Trainer(rank=rank, generation=generation, state=State.ALIVE, step=step, ready=True)
         for rank in (2, 3)
@@ -496,7 +509,7 @@ def test_a_bad_directive_names_no_path(tmp_path: Path) -> None:
     async def run() -> None:
         async with served(tmp_path) as one:
             for name in ("../x", "a/b", "", "."):
-                with pytest.raises(Exception, match="job name"):  # noqa: PT011
+                with pytest.raises(InvalidRequest, match="job name"):
                     one.node.follow(coordinator_pb2.JobDirective(job=name))
             assert list((tmp_path / "m").iterdir()) == []
 

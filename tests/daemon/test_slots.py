@@ -339,7 +339,7 @@ def test_a_replaced_plans_arena_goes_when_nothing_is_held_in_it(lone: Lone) -> N
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), slots=st.integers(2, 4))
 def test_no_slot_that_may_still_be_needed_is_granted(data: st.DataObject, slots: int) -> None:
-    """A slot of step s is granted again only if the watermark is greater than s, or s was given up or void."""
+    """A slot of step s is granted again only if the watermark is greater, or s was given up or is void."""
     with tempfile.TemporaryDirectory() as name:
         lone = Lone(Path(name) / "jobs" / JOB, slots=slots)
         generation, newest, watermark, start = 1, 0, None, 0
@@ -374,7 +374,9 @@ def test_no_slot_that_may_still_be_needed_is_granted(data: st.DataObject, slots:
                     lone.capture(rank, step)
                     newest = max(newest, step)
             elif event == "protect":
-                sealed = [h.step for h in lone.job.memory.holdings.values() if h.key[0] == generation and h.sealed]
+                sealed = [
+                    h.step for h in lone.job.memory.holdings.values() if h.key[0] == generation and h.sealed
+                ]
                 if sealed and max(sealed) > (watermark if watermark is not None else -1):
                     watermark = max(sealed)
                     lone.schedule([s for s in due if s > watermark], watermark)
@@ -506,6 +508,26 @@ async def test_a_new_generation_is_protected_before_the_old_one_lets_go(tmp_path
         cluster.schedule(names, 2, [7], watermark=6)
         for index, name in enumerate(names):
             assert set(cluster.job(name).grants[index]) == {7}
-            assert bytes(cluster.job(name).memory.holdings[2, 6].places[index].image) == image(index, 6, SIZES[2])
+            assert bytes(cluster.job(name).memory.holdings[2, 6].places[index].image) == image(
+                index, 6, SIZES[2]
+            )
+    finally:
+        cluster.close()
+
+
+@looped
+async def test_a_peer_that_stays_away_is_away_for_the_next_generation_too(tmp_path: Path) -> None:
+    """The connection broke once, and that is still why nothing becomes protected."""
+    names = ["n0", "n1"]
+    cluster = Cluster(tmp_path, 2, 1)
+    try:
+        cluster.direct(names, cluster.roster(names, 1))
+        roster = cluster.roster(names, 2)
+        cluster.kill("n1")
+        job = cluster.job("n0")
+        await until(lambda: job.unreachable == {"n1"}, "the loss is noticed")
+        cluster.direct(["n0"], roster)
+        assert job.generation == 2 and job.unreachable == {"n1"}
+        assert list(job.report().unreachable_peers) == ["n1"]
     finally:
         cluster.close()

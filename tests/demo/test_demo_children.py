@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ckptd.demo.children import Children, RecordPipe, tail
+from ckptd.demo.children import Child, Children, RecordPipe, tail
 
 PYTHON = [sys.executable, "-I", "-c"]
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x'); time.sleep(60)"
@@ -66,7 +66,8 @@ def test_the_status_is_that_of_waitpid(tmp_path: Path, code: str, status: int) -
 def test_end_kills_what_ignores_sigterm(tmp_path: Path) -> None:
     async def body() -> int:
         async with children(tmp_path) as group:
-            return await (await run_stubborn(group)).end(grace_s=0.05)
+            child: Child = await run_stubborn(group)
+            return await child.end(grace_s=0.05)
 
     assert asyncio.run(body()) == -signal.SIGKILL
 

@@ -39,7 +39,8 @@ class Orderer(daemon_pb2_grpc.DaemonServicer):
         at = 0
         while True:
             async with self.changed:
-                await self.changed.wait_for(lambda at=at: len(self.orders) > at)
+                while len(self.orders) <= at:
+                    await self.changed.wait()
             for order in self.orders[at:]:
                 yield order
             at = len(self.orders)

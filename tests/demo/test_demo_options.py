@@ -51,7 +51,7 @@ def test_too_little_memory_is_refused_with_the_numbers(tmp_path: Path) -> None:
         f_bavail, f_frsize = 10, 1 << 20
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratch.os, "statvfs", lambda path: Full)
+        patch.setattr(os, "statvfs", lambda path: Full)
         with pytest.raises(NoSpace, match=r"33 nodes need \d+ MiB, 10 MiB are free.*--shm-size"):
             scratch.check_space(many, tmp_path)
 
@@ -61,7 +61,7 @@ def test_the_demo_fits_into_dockers_64_mib(tmp_path: Path) -> None:
         f_bavail, f_frsize = 64, 1 << 20
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scratch.os, "statvfs", lambda path: Docker)
+        patch.setattr(os, "statvfs", lambda path: Docker)
         scratch.check_space(DemoOptions(kill="node").resolved(), tmp_path)
 
 

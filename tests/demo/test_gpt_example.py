@@ -8,6 +8,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def load(name: str) -> ModuleType:
 data, model = load("data"), load("model")
 
 
-def sampler(rank: int = 0, seed: int = 7, world_size: int = 4) -> object:
+def sampler(rank: int = 0, seed: int = 7, world_size: int = 4) -> Any:
     text = bytes(range(256)) * 40
     return data.Sampler(text, context=16, batch=3, rank=rank, world_size=world_size, seed=seed)
 

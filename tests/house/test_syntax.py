@@ -63,11 +63,13 @@ def test_the_check_sees_what_it_is_for(tmp_path: Path) -> None:
 
 
 def test_broad_excepts_stand_only_at_a_top_frame() -> None:
-    """`except Exception` hides bugs; only these top frames of threads and servers may have one."""
+    """`except Exception` hides bugs; only these top frames of threads, tasks and servers may have one."""
     top_frames = {
         ("ckptd/memory/bulk.py", "_serve"),
         ("ckptd/memory/peer.py", "_run"),
         ("ckptd/daemon/trainers.py", "_serve_one"),
+        ("ckptd/daemon/transfer.py", "_run"),
+        ("ckptd/client/copier.py", "_run"),
     }
     found = set()
     for path in PACKAGE.rglob("*.py"):

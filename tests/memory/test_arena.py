@@ -29,7 +29,9 @@ def tmpfs() -> Iterator[Path]:
         pytest.skip("mounting a tmpfs of a small size needs root")
     with tempfile.TemporaryDirectory(prefix="ckptd-tmpfs-") as name:
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", name], capture_output=True, text=True
+            ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", name],
+            capture_output=True,
+            text=True,
         )
         if mounted.returncode:
             pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
@@ -94,7 +96,12 @@ def test_slots_start_as_zeros_are_padded_and_apart(tmp_path: Path) -> None:
 
 
 def test_padding() -> None:
-    assert [padded(n) for n in (0, 1, CELL_BYTES, CELL_BYTES + 1)] == [0, CELL_BYTES, CELL_BYTES, 2 * CELL_BYTES]
+    assert [padded(n) for n in (0, 1, CELL_BYTES, CELL_BYTES + 1)] == [
+        0,
+        CELL_BYTES,
+        CELL_BYTES,
+        2 * CELL_BYTES,
+    ]
 
 
 def test_the_descriptor_and_the_view_are_one_memory(tmp_path: Path) -> None:

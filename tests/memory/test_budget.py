@@ -23,7 +23,15 @@ from ckptd.memory.holding import Holding
 def test_the_designs_sum() -> None:
     """Images x slots x (1 + m/(n-m)), and the transfer buffers."""
     image = 12 * CELL_BYTES
-    for nodes, parity, factor in [(4, 1, 4 / 3), (4, 2, 2), (2, 1, 2), (8, 2, 8 / 6), (1, 1, 1), (2, 2, 1), (4, 0, 1)]:
+    for nodes, parity, factor in [
+        (4, 1, 4 / 3),
+        (4, 2, 2),
+        (2, 1, 2),
+        (8, 2, 8 / 6),
+        (1, 1, 1),
+        (2, 2, 1),
+        (4, 0, 1),
+    ]:
         needed = needed_bytes(image, 2, 3, nodes, parity) - TRANSFER_BYTES
         assert needed == pytest.approx(image * 2 * 3 * factor), (nodes, parity)
 

@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -71,6 +72,13 @@ def _header(payload_bytes: int = 0, protocol: int = 1) -> bulk_pb2.BulkHeader:
     )
 
 
+def _say(sock: socket.socket, data: bytes) -> None:
+    """Sends all and nothing more; the server may have had enough before."""
+    with contextlib.suppress(OSError):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+
 def _drained(sock: socket.socket) -> bytes:
     """Everything that still comes, until the other side ends the connection."""
     data = b""
@@ -119,8 +127,7 @@ def test_a_malformed_frame_ends_that_connection_and_no_other(
 ) -> None:
     neighbour = Connection.open(server.address, TIMEOUT_S)
     with _dial(server) as sock:
-        sock.sendall(garbage)
-        sock.shutdown(socket.SHUT_WR)
+        _say(sock, garbage)
         answer = _drained(sock)
     # Whoever speaks our frames is told why.
     (length,) = struct.unpack("<I", answer[:4])
@@ -138,8 +145,7 @@ def test_random_bytes_do_no_harm(garbage: bytes) -> None:
     """Whatever comes: the connection ends or waits for more, and the server serves on."""
     server = _FUZZED.server()
     with _dial(server) as sock:
-        sock.sendall(garbage)
-        sock.shutdown(socket.SHUT_WR)
+        _say(sock, garbage)
         _drained(sock)
     _serves(server, 100)
 
@@ -207,8 +213,7 @@ def test_a_lying_length_costs_no_memory() -> None:
 
 
 def _address_space() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def test_a_message_longer_than_any_is_refused_before_it_is_read() -> None:
@@ -242,7 +247,9 @@ def test_many_views_go_in_one_frame(server: BulkServer) -> None:
 # Peers that are slow
 
 
-@pytest.mark.parametrize("sent", [b"\x08", struct.pack("<I", 50) + b"x", _frame(_header(payload_bytes=9)) + b"x"])
+@pytest.mark.parametrize(
+    "sent", [b"\x08", struct.pack("<I", 50) + b"x", _frame(_header(payload_bytes=9)) + b"x"]
+)
 def test_a_peer_that_stops_in_a_frame_meets_the_deadline(impatient: BulkServer, sent: bytes) -> None:
     with _dial(impatient) as sock:
         sock.sendall(sent)
@@ -405,7 +412,7 @@ def test_a_machine_without_descriptors_serves_again_when_it_has_some(server: Bul
     waiting = socket.socket()
     waiting.settimeout(TIMEOUT_S)
     host, _, port = server.address.rpartition(":")
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
         hoard = []

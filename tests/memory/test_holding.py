@@ -44,20 +44,26 @@ def _held(directory: Path, sizes: list[int], seed: int, generation: int = 1, ste
 
 
 SIZES = st.lists(
-    st.one_of(st.integers(1, 3 * CELL_BYTES), st.sampled_from([1, CELL_BYTES, CELL_BYTES + 1])), min_size=1, max_size=4
+    st.one_of(st.integers(1, 3 * CELL_BYTES), st.sampled_from([1, CELL_BYTES, CELL_BYTES + 1])),
+    min_size=1,
+    max_size=4,
 )
 
 
 @settings(deadline=None, max_examples=30)
 @given(sizes=SIZES, seed=st.integers(0, 1 << 30), data=st.data())
-def test_data_cells_are_those_of_the_plain_concatenation(sizes: list[int], seed: int, data: st.DataObject) -> None:
+def test_data_cells_are_those_of_the_plain_concatenation(
+    sizes: list[int], seed: int, data: st.DataObject
+) -> None:
     with tempfile.TemporaryDirectory() as name:
         holding = _held(Path(name), sizes, seed)
         whole = b"".join(bytes(p.image).ljust(padded(p.image_bytes), b"\0") for p in holding.places.values())
         total = len(whole) // CELL_BYTES
         for first in range(total + 2):
             for count in range(total + 3 - first):
-                expected = whole[first * CELL_BYTES : (first + count) * CELL_BYTES].ljust(count * CELL_BYTES, b"\0")
+                expected = whole[first * CELL_BYTES : (first + count) * CELL_BYTES].ljust(
+                    count * CELL_BYTES, b"\0"
+                )
                 assert b"".join(holding.data_cells(first, count)) == expected, (first, count)
         # The seal speaks of the same bytes.
         seal = holding.seals["n1"]
@@ -80,7 +86,10 @@ def test_a_node_is_sealed_when_all_its_ranks_are_in_their_order(tmp_path: Path) 
     holding = Holding(2, 9, GROUP, "n1", 1, (4, 5, 6))
     for rank, last in [(6, False), (4, False), (4, False), (5, True)]:
         assert not holding.sealed
-        assert holding.seal_rank(bulk_pb2.RankSeal(rank=rank, image_bytes=1, cell_digests=bytes(16)), JOB) == last
+        assert (
+            holding.seal_rank(bulk_pb2.RankSeal(rank=rank, image_bytes=1, cell_digests=bytes(16)), JOB)
+            == last
+        )
     assert holding.sealed
     seal = holding.seals["n1"]
     assert [rank.rank for rank in seal.ranks] == [4, 5, 6]
@@ -97,7 +106,9 @@ def test_a_node_is_sealed_when_all_its_ranks_are_in_their_order(tmp_path: Path) 
         ("cell_bytes", 4096, "4096 bytes, expected 65536"),
     ],
 )
-def test_a_seal_of_something_else_is_named_as_such(tmp_path: Path, field: str, value: object, why: str) -> None:
+def test_a_seal_of_something_else_is_named_as_such(
+    tmp_path: Path, field: str, value: object, why: str
+) -> None:
     seal = _held(tmp_path, [100], 1).seals["n1"]
     setattr(seal, field, value)
     fault = seal_fault(seal, JOB, 1, 5, "n1")

@@ -87,7 +87,9 @@ class Sender:
 
     def _queue(self, steps: list[int]) -> None:
         for step in steps:
-            self.peer.enqueue(Work(lambda c, step=step: self._send(c, step), lambda step=step: self.wanted(step)))
+            self.peer.enqueue(
+                Work(lambda c, step=step: self._send(c, step), lambda step=step: self.wanted(step))
+            )
 
     def _send(self, connection: Connection, step: int) -> None:
         self.sends += 1
@@ -165,7 +167,9 @@ def test_a_refusal_is_no_loss(receiver: Receiver, sender: Sender) -> None:
     until(lambda: 7 in receiver.got, "taken in the end")
 
 
-def test_refused_work_does_not_stand_in_the_way_of_what_it_waits_for(receiver: Receiver, sender: Sender) -> None:
+def test_refused_work_does_not_stand_in_the_way_of_what_it_waits_for(
+    receiver: Receiver, sender: Sender
+) -> None:
     """A contribution is refused until the seal record is there, and the seal record is queued anew."""
     receiver.refused.add(5)
     sender.put(5)

@@ -39,7 +39,9 @@ def test_a_record_comes_back_as_it_went(tmp_path: Path) -> None:
     assert sorted(p.name for p in directory.iterdir()) == ["0000000003-000000000017.holding", "job.record"]
 
 
-def test_a_write_that_is_cut_short_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_is_cut_short_leaves_the_old_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The moment before the rename is the moment of the crash."""
     directory = _directory(tmp_path)
     path = records.holding_path(directory, 3, 17)
@@ -99,7 +101,10 @@ def test_garbage_is_refused(tmp_path: Path, garbage: bytes) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), min_size=1, max_size=5), cut=st.integers(0, 200))
+@given(
+    flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), min_size=1, max_size=5),
+    cut=st.integers(0, 200),
+)
 def test_damage_is_refused_or_harmless_and_never_another_error(
     tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]], cut: int
 ) -> None:
@@ -149,7 +154,9 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str
         records.read_holding(path)
 
 
-def test_an_endless_record_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_record_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
     directory = _directory(tmp_path)
     path = records.holding_path(directory, 3, 17)
@@ -160,7 +167,24 @@ def test_an_endless_record_is_refused_before_it_is_parsed(tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "/etc", "a\\b", "a\0b", "a\nb", " a", "a b", "a" * 129, "é", "a:b", "~", "$HOME"],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/etc",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        " a",
+        "a b",
+        "a" * 129,
+        "é",
+        "a:b",
+        "~",
+        "$HOME",
+    ],
 )
 def test_a_job_name_that_is_a_path_is_refused_before_any_path_is_made(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidRequest):
