@@ -135,6 +135,13 @@ def demo(
     control_cache: Annotated[
         Path | None, typer.Option(help="Keep the control's result here and use it again.")
     ] = None,
+    fork_server: Annotated[
+        bool,
+        typer.Option(
+            "--fork-server",
+            help="Fork trainers from an interpreter with torch imported: no honest restart_s.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a GPT on four nodes, kill something without warning, and compare with an untouched run."""
@@ -147,8 +154,8 @@ def demo(
         parity=parity,
         steps=steps,
         seed=seed,
-        json=as_json,
         control_cache=control_cache,
+        fork_server=fork_server,
     )
     result = run(options)
     typer.echo(result.to_json() if as_json else result.text())

@@ -82,6 +82,16 @@ class _Binding:
         ]
 
 
+def _parts_of(tree: Tree, arena: Arena, slot: int) -> list[Part]:
+    parts: dict[torch.device, Part] = {}
+    for name, tensor in tree.tensors:
+        part = parts.setdefault(tensor.device, Part(tensor.device, [], [], []))
+        part.names.append(name)
+        part.sources.append(tensor)
+        part.targets.append(arena.view(slot, name))
+    return list(parts.values())
+
+
 class Capture:
     """Captures one rank's state into its arena, one step after another.
 
@@ -141,8 +151,8 @@ class Capture:
         snapshot = Snapshot(step, slot, arena.plan.plan_hash, loss, audit=audit)
         for part in binding.volatile[slot]:
             self._copy_now(snapshot, part)
-        for name, tensor in tree.tensors:
-            self._copy_now(snapshot, Part(tensor.device, [name], [tensor], [arena.view(slot, name)]))
+        for part in _parts_of(tree, arena, slot):
+            self._copy_now(snapshot, part)
         cuts: dict[torch.device, DeviceEvent] = {}
         for owners, parts in binding.quiescent[slot]:
             group = Group(owners, parts)

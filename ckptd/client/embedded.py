@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -80,8 +80,16 @@ def private_directory(directory: Path) -> Path:
     Raises:
         InvalidRequest: what is there is not.
     """
-    with suppress(FileExistsError):
-        directory.mkdir(mode=0o700, parents=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        pass  # no directory: said below
+    except OSError as error:
+        raise InvalidRequest(
+            f"{directory} cannot be made for the embedded daemon's socket",
+            error.strerror or str(error),
+            "set XDG_RUNTIME_DIR to a directory of your own",
+        ) from error
     stat = directory.lstat()
     mode = stat.st_mode & 0o777
     if directory.is_symlink() or not directory.is_dir() or stat.st_uid != os.getuid() or mode != 0o700:

@@ -193,7 +193,16 @@ def schedule_away(state: State, job: Job) -> dict[str, str]:
         node = state.nodes.get(name)
         if node is None or not node.alive:
             away[name] = "is dead" if node is not None and node.dead else "is away"
+        elif job.phase == RUNNING and not _attached(node, job):
+            # Its daemon is new.  The trainers come back to it in their next run.step(), which they
+            # do not reach while the others wait for protection.
+            away[name] = "has a new daemon, and its trainers are not back yet"
     return away
+
+
+def _attached(node: Node, job: Job) -> bool:
+    facts = node.facts(job.spec.job)
+    return facts is not None and job.roster is not None and facts.running_generation == job.roster.generation
 
 
 def heard_all(state: State, job: Job) -> bool:

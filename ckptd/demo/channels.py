@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,11 +31,18 @@ async def serving(connection: grpc.aio.Channel, name: str, deadline_s: float) ->
     Raises:
         DemoFailed: it does not within `deadline_s`.
     """
-    try:
-        reply = await health_pb2_grpc.HealthStub(connection).Check(
-            health_pb2.HealthCheckRequest(), timeout=deadline_s, wait_for_ready=True
-        )
-    except grpc.aio.AioRpcError as error:
-        raise DemoFailed(f"{name} is not ready after {deadline_s:.0f} s", str(error.details())) from None
+    deadline = time.monotonic() + deadline_s
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            reply = await health_pb2_grpc.HealthStub(connection).Check(
+                health_pb2.HealthCheckRequest(), timeout=max(left, 0.0), wait_for_ready=True
+            )
+            break
+        except grpc.aio.AioRpcError as error:
+            # A call that was sent to the process just killed fails at once: its successor is asked.
+            if error.code() != grpc.StatusCode.UNAVAILABLE or left <= 0:
+                why = str(error.details())
+                raise DemoFailed(f"{name} is not ready after {deadline_s:.0f} s", why) from None
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
         raise DemoFailed(f"{name} is not ready", f"its health is {reply.status}")

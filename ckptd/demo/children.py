@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ckptd.demo import warden
+from ckptd.demo.forkserver import Forked, ForkServer
 
 TAIL_LINES = 25
 REAP_S = 10.0
@@ -26,7 +27,7 @@ class Child:
     A status is that of waitpid as subprocess gives it: an exit code, or minus the signal.
     """
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[bytes] | Forked, log: Path) -> None:
         self.name = name
         self.pid = process.pid
         self.log = log
@@ -114,6 +115,7 @@ class Children:
         self._cwd = cwd
         self._all: list[Child] = []
         self._warden: subprocess.Popen[bytes] | None = None
+        self._fork_server: ForkServer | None = None
 
     async def __aenter__(self) -> Self:
         # start_new_session: a terminal's Ctrl-C reaches the demo only, which then ends the others.
@@ -131,6 +133,8 @@ class Children:
             child.send(signal.SIGKILL)
         if self._all:
             await asyncio.wait([child.exited for child in self._all], timeout=REAP_S)
+        if self._fork_server is not None:
+            self._fork_server.close()
         assert self._warden is not None
         assert self._warden.stdin is not None
         self._warden.stdin.close()
@@ -163,6 +167,26 @@ class Children:
                 pass_fds=tuple(pass_fds),
                 start_new_session=True,
             )
+        return self._note(name, process, log)
+
+    def preload(self, module: Path, env: Mapping[str, str]) -> None:
+        """Forks trainers from now on, from an interpreter that has imported `module`."""
+        self._fork_server = ForkServer(module, env, self._logs / "forkserver.log")
+        self._tell_warden(f"process {self._fork_server.process.pid}")
+
+    def spawn_trainer(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int]
+    ) -> Child:
+        """As `spawn`, forked where `preload` was called."""
+        if self._fork_server is None:
+            return self.spawn(name, argv, env, pass_fds=pass_fds)
+        log = self._logs / f"{name}.log"
+        with log.open("ab") as output, open(os.devnull, "rb") as nothing:
+            own = {0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()}
+            fds = own | {fd: fd for fd in pass_fds}
+            return self._note(name, self._fork_server.spawn(argv, env, self._cwd, fds), log)
+
+    def _note(self, name: str, process: subprocess.Popen[bytes] | Forked, log: Path) -> Child:
         self._tell_warden(f"process {process.pid}")
         child = Child(name, process, log)
         self._all.append(child)

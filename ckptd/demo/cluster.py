@@ -181,11 +181,11 @@ class Cluster:
 
     def _spawn_trainer(self, node: str, generation: int, rank: int, env: Mapping[str, str]) -> Child:
         pipe = RecordPipe(lambda record: self._board.record(generation, record))
-        child = self._children.spawn(
+        child = self._children.spawn_trainer(
             f"{node}-rank{rank}-g{generation}",
             trainer_argv("train.py", self.options, pipe.path),
             {**trainer_environment(self._places), "PYTHONPATH": python_path(), **env},
-            pass_fds=[pipe.write_end],
+            [pipe.write_end],
         )
         pipe.handed_over()
         self._tasks.create_task(self._watch_trainer(child, generation))

@@ -124,7 +124,7 @@ def _start(
         "MASTER_PORT": port,
     }
     argv = trainer_argv("control.py", options, pipe.path)
-    child = children.spawn(f"control-rank{rank}", argv, environment, pass_fds=[pipe.write_end])
+    child = children.spawn_trainer(f"control-rank{rank}", argv, environment, [pipe.write_end])
     pipe.handed_over()
     return child
 

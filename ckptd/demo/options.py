@@ -45,9 +45,10 @@ class DemoOptions:
     steps: int = 50
     seed: int | None = None
     # How the result is printed, which is the command line's part.
-    json: bool = False
     # A directory in which results of the control are kept and found again.
     control_cache: Path | None = None
+    # Fork trainers from an interpreter with torch imported; `restart_s` then says little.
+    fork_server: bool = False
 
     def resolved(self) -> ResolvedOptions:
         """Every value decided and checked.
@@ -64,6 +65,7 @@ class DemoOptions:
             steps=self.steps,
             seed=secrets.randbelow(1_000_000) if self.seed is None else self.seed,
             control_cache=self.control_cache,
+            fork_server=self.fork_server,
         )
         chosen.check()
         return chosen
@@ -80,6 +82,7 @@ class ResolvedOptions:
     steps: int
     seed: int
     control_cache: Path | None
+    fork_server: bool
 
     def check(self) -> None:
         """Raises InvalidRequest where the demo could not do what is asked."""

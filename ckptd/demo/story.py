@@ -7,11 +7,11 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from ckptd.demo import figures
+from ckptd.demo import example, figures
 from ckptd.demo.blows import Killer
 from ckptd.demo.board import Board, NodeView
 from ckptd.demo.children import Children, tail
-from ckptd.demo.cluster import JOB, Cluster, base_environment
+from ckptd.demo.cluster import JOB, Cluster, base_environment, trainer_environment
 from ckptd.demo.control import Control, control
 from ckptd.demo.history import History
 from ckptd.demo.options import DemoFailed, DemoOptions, ResolvedOptions
@@ -67,6 +67,8 @@ async def _demo(options: ResolvedOptions, places: Scratch) -> DemoResult:
     title = f"ckptd demo --kill {options.kill} --seed {options.seed}"
     async with Children(places.logs, places.root) as children, _shown(Picture(board, title)):
         children.guard_directory(places.memory)
+        if options.fork_server:
+            children.preload(example.directory() / "loop.py", trainer_environment(places))
         struck = await _job(options, places, children, board)
         reference = await control(options, places, children, board)
     return _result(options, places, board, struck, reference)

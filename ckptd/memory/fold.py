@@ -80,7 +80,9 @@ class Fold:
             parity = self._chunks[p][due * CELL_BYTES : (first_cell + count) * CELL_BYTES]
             new = cells[(due - first_cell) * CELL_BYTES :]
             if len(parity) != len(new):
-                raise ValueError(f"cells up to {first_cell + count} in a chunk of {len(self._chunks[p])} bytes")
+                raise ValueError(
+                    f"cells up to {first_cell + count} in a chunk of {len(self._chunks[p])} bytes"
+                )
             self._zero(p)
             self._code.update_one(self._geometry.symbol_on(node, stripe), p, new, parity)
             self._next_cell[key] = first_cell + count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,9 +58,5 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(directory)
         while embedded._started:
             process = embedded._started.pop()
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            finally:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()

@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from trainees import Trainee, attach, batch, seed_all
 
 from ckptd import errors
+from ckptd.client.attached import Attached
+from ckptd.client.state import Survey
 
 CUT, STEPS = 3, 6
 
@@ -97,7 +100,12 @@ def main(socket: str) -> dict[str, Any]:
         except errors.StateMismatch as error:
             refused = str(error)
         run.close(park=True)
+    whole = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    names = [
+        Survey(Attached.sort({"model": m})).module_names for m in (whole, DistributedDataParallel(whole))
+    ]
     return {
+        "ddp names": names[0] == names[1],
         "step": report.step,
         "captured": run.statistics().captured,
         "same at the cut": after_resume == cut,

@@ -50,6 +50,7 @@ def test_two_ranks_resume_their_shards(tmp_path: Path) -> None:
         assert process.returncode == 0, err
         found = json.loads(out.splitlines()[-1])
         assert found["step"] == CUT
+        assert found["ddp names"]
         assert found["same at the cut"] and found["same at the end"] and found["cut differs from end"], found
         assert "optimizer.1.0.weight.exp_avg" in found["names"]
         assert "sharded in another way" in found["refused"] or "does not fit" in found["refused"]

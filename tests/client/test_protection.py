@@ -267,6 +267,18 @@ def test_the_first_three_and_every_nth_snapshot_are_audited(fake: Start, socket_
         assert run.statistics().voided == 0
 
 
+def test_a_step_without_an_optimizer_step_ends_the_audit_before_it(fake: Start, socket_path: Path) -> None:
+    """As when a GradScaler skips: no optimizer's fence came, so run.step() is the fence of what was before."""
+    daemon = fake()
+    trainee = plain()
+    with attach(trainee, socket_path, max_lag=2) as run:
+        run.resume()
+        train(trainee, run, 0, 1)
+        for _ in range(2):
+            run.step()
+        daemon.wait(lambda d: d.captured == [1, 2])
+
+
 def test_manual_updates_are_caught_unless_they_are_fenced(fake: Start, socket_path: Path) -> None:
     """Parameters that nobody's optimizer steps: run.fence() is their fence."""
 

@@ -36,12 +36,11 @@ def test_a_step_of_three_thousand_state_tensors(fake: Callable[..., FakeDaemon],
             wall.append(time.perf_counter() - began)
         # The first ones make the plan and are audited.
         cpu, wall = sorted(cpu[4:]), sorted(wall[4:])
-        cpu_ms, wall_ms = (
-            [round(1e3 * value, 2) for value in (x[0], statistics.median(x))] for x in (cpu, wall)
-        )
-        print(
-            f"run.step(), {PARAMETERS} parameters with AdamW: CPU {cpu_ms} ms, wall {wall_ms} ms (least, median)"
-        )
+        for clock, times in (("CPU", cpu), ("wall", wall)):
+            least, median = 1e3 * times[0], 1e3 * statistics.median(times)
+            print(
+                f"run.step(), {PARAMETERS} parameters: {clock} least {least:.2f} ms, median {median:.2f} ms"
+            )
         assert run.statistics().captured >= 13
         # The least, since what else runs on this machine slows this thread down, too.
         assert cpu[0] < LIMIT_S

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from coordinator_world import JOB, World
+from coordinator_node import JOB
+from coordinator_world import World
 
 from ckptd.coordinator.events import Spec
 from ckptd.coordinator.state import RUNNING, Job

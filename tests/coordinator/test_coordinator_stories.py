@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from coordinator_world import JOB, World
+from coordinator_node import JOB
+from coordinator_world import World
 
 from ckptd.coordinator import machine
 from ckptd.coordinator.directives import status_of

@@ -91,7 +91,9 @@ class Cluster:
             directive = coordinator_pb2.JobDirective(job=JOB, spec=spec, roster=roster, **wishes)  # type: ignore[arg-type]
             self.nodes[name].follow(directive)
 
-    def schedule(self, names: list[str], generation: int, due: list[int], watermark: int | None = None) -> None:
+    def schedule(
+        self, names: list[str], generation: int, due: list[int], watermark: int | None = None
+    ) -> None:
         message = common_pb2.Schedule(
             generation=generation, due=due, has_watermark=watermark is not None, watermark=watermark or 0
         )
@@ -122,7 +124,8 @@ class Cluster:
 
     def folded(self, step: int, names: list[str], generation: int = 1) -> bool:
         return all(
-            (h := self.job(name).memory.holdings.get((generation, step))) is not None and h.folded for name in names
+            (h := self.job(name).memory.holdings.get((generation, step))) is not None and h.folded
+            for name in names
         )
 
 

@@ -25,6 +25,9 @@ SIZE = 4 * CELL_BYTES
 CHUNK = 2 * CELL_BYTES  # of three nodes with one parity: half an image
 
 
+Lie = Callable[[Connection, bulk_pb2.BulkHeader], None]
+
+
 class Mallory:
     """Speaks for n1 and n2 to n0, which has sealed step 5 itself and waits for the others."""
 
@@ -103,15 +106,19 @@ class Mallory:
 
 
 @asynccontextmanager
-async def mallory(root: Path) -> AsyncIterator[Mallory]:
+async def mallory(root: Path, peers: Lie | None = None) -> AsyncIterator[Mallory]:
+    """With `peers`, somebody listens at the addresses of n1 and n2; nobody does otherwise."""
     cluster = Cluster(root, 3, 1)
     try:
+        for name in ("n1", "n2"):
+            if peers is None:
+                cluster.servers[name].close()
+            else:
+                cluster.servers[name]._handler = peers
         cluster.direct(["n0"], cluster.roster(NAMES, 1))
         cluster.plan("n0", SIZE)
         cluster.schedule(["n0"], 1, [5])
         cluster.capture("n0", 5)
-        for name in ("n1", "n2"):
-            cluster.servers[name].close()
         one = Mallory(cluster)
         await until(lambda: one.holding.sealed, "n0 is sealed")
         yield one
@@ -217,6 +224,28 @@ async def test_everything_sent_three_times_counts_once(tmp_path: Path) -> None:
         await m.complete()
         await m.contribute("n1")  # after the fold, too
         assert m.holding.folded
+
+
+@looped
+async def test_a_seal_that_comes_again_makes_nobody_send_again(tmp_path: Path) -> None:
+    """Else one broken connection in a group would double everybody's traffic."""
+    sent: list[str] = []
+
+    def note(connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
+        connection.receive_into(memoryview(bytearray(frame.payload_bytes)))
+        sent.append(frame.WhichOneof("body") or "")
+        if frame.WhichOneof("body") == "seal" or frame.contribution.final:
+            connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
+
+    async with mallory(tmp_path, note) as m:
+        for node in ("n1", "n2"):
+            await m.send_seal(node)
+        await until(lambda: sent.count("contribution") == 2, "n0's two chunks are sent")
+        for node in ("n1", "n2") * 2:
+            await m.send_seal(node)
+        m.cluster.nodes["n0"].protection.resend(m.job)  # what would come next, in order
+        await until(lambda: sent.count("seal") == 4, "its seal record, once more to both")
+        assert sent.count("contribution") <= 4
 
 
 @looped
@@ -343,9 +372,6 @@ async def test_seal_records_are_gathered_from_whoever_has_them(tmp_path: Path) -
             await _rebuild(cluster, "n1", ["n0", "n2"], 5)
     finally:
         cluster.close()
-
-
-Lie = Callable[[Connection, bulk_pb2.BulkHeader], None]
 
 
 def _answering(header: bulk_pb2.BulkHeader, payload: bytes) -> Lie:

@@ -28,7 +28,9 @@ async def _protect(cluster: Cluster, names: list[str], step: int, sizes: list[in
     await until(lambda: cluster.folded(step, names), f"step {step} folded")
 
 
-def _order(cluster: Cluster, lost: list[str], alive: list[str], group: list[str], mine: list[str]) -> dict[str, object]:
+def _order(
+    cluster: Cluster, lost: list[str], alive: list[str], group: list[str], mine: list[str]
+) -> dict[str, object]:
     sources = [
         coordinator_pb2.Source(node=name, bulk_address=cluster.nodes[name].bulk_address, position=name)
         for name in alive
@@ -52,7 +54,8 @@ async def _recover(cluster: Cluster, names: list[str], lost: list[str], step: in
     for name in lost:
         cluster.direct([spares[name]], roster, **_order(cluster, lost, alive, names, [name]))
     await until(
-        lambda: all(cluster.job(name).transfer.state in (VERIFIED, FAILED) for name in members), "transfers end"
+        lambda: all(cluster.job(name).transfer.state in (VERIFIED, FAILED) for name in members),
+        "transfers end",
     )
     return members
 
@@ -174,7 +177,9 @@ def test_a_damaged_own_image_is_refused_and_named(tmp_path: Path) -> None:
         try:
             await _protect(cluster, names, 2, [SIZES[2]] * 3)
             cluster.job("n1").memory.holdings[1, 2].places[1].image[CELL_BYTES + 3] ^= 0x10
-            cluster.direct(names, cluster.roster(names, 2, (1, 2)), transfer=coordinator_pb2.TransferOrder(generation=2))
+            cluster.direct(
+                names, cluster.roster(names, 2, (1, 2)), transfer=coordinator_pb2.TransferOrder(generation=2)
+            )
             await until(lambda: cluster.job("n1").transfer.state == FAILED, "the damage is found")
             reason = cluster.job("n1").transfer.reason
             assert "rank 1" in reason and "1 of 4 cells differ, first cell 1" in reason

@@ -336,7 +336,7 @@ def test_a_replaced_plans_arena_goes_when_nothing_is_held_in_it(lone: Lone) -> N
 # The one rule, over any course of events
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), slots=st.integers(2, 4))
 def test_no_slot_that_may_still_be_needed_is_granted(data: st.DataObject, slots: int) -> None:
     """A slot of step s is granted again only if the watermark is greater, or s was given up or is void."""

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import grpc
 import pytest
 from daemonkit import (
     DEADLINE_S,
@@ -34,9 +32,12 @@ from daemonkit import (
     looped,
 )
 
+from ckptd.cli.main import main
 from ckptd.daemon.node import Node
+from ckptd.daemon.server import serve
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.daemon.trainers import TrainerServer
+from ckptd.errors import InvalidRequest
 from ckptd.image.digest import CELL_BYTES
 from ckptd.v1 import common_pb2, coordinator_pb2, daemon_pb2, local_pb2
 
@@ -601,53 +602,48 @@ def test_a_run_with_another_number_of_ranks_is_told_what_to_do(daemon: Daemon, j
         stub.Forget(_forget(job), timeout=DEADLINE_S)
 
 
-def test_forget_refuses_while_ranks_live_and_frees_afterwards(daemon: Daemon, job: str) -> None:
+def test_forget_refuses_while_ranks_live_and_frees_afterwards(
+    daemon: Daemon, job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cli(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["ckptd", *arguments, "--socket", str(daemon.socket)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
     trainee = Trainee(daemon, job)
     trainee.plan(IMAGE)
-    running = _cli(daemon, "forget", job)
-    assert (
-        running.returncode == 2 and "is running on node x" in running.stderr and "ranks 0" in running.stderr
-    )
-    assert running.stdout == ""
+    assert cli("forget", job) == 2
+    told = capsys.readouterr()
+    assert "is running on node x" in told.err and "ranks 0" in told.err and told.out == ""
     trainee.leave(park=True)
     trainee.close()
     eventually(lambda: not _alive(daemon, job), "parked")
-    freed = _cli(daemon, "forget", job, "--json")
-    assert freed.returncode == 0, freed.stderr
-    reply = json.loads(freed.stdout)
+    assert cli("forget", job, "--json") == 0
+    reply = json.loads(capsys.readouterr().out)
     assert reply == {"schema": "ckptd.forget/1", "job": job, "freed_bytes": 3 * 3 * CELL_BYTES}
     assert not (daemon.memory_dir / "jobs" / job).exists()
-    with daemon.stub() as stub, pytest.raises(grpc.RpcError, match="has no job"):
-        stub.Forget(_forget(job), timeout=DEADLINE_S)
-
-
-def _cli(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ckptd.cli.main", *arguments, "--socket", str(daemon.socket)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert cli("forget", job) == 5
+    assert "has no job" in capsys.readouterr().err
 
 
 # One daemon per memory, and per socket
 
 
-def test_a_second_daemon_is_refused_and_the_first_is_not_harmed(daemon: Daemon, tmp_path: Path) -> None:
-    base = [sys.executable, "-m", "ckptd.cli.main", "daemon", "--node", "y"]
-    commands = {
-        "memory": [*base, "--socket", str(daemon.root / "other"), "--memory-dir", str(daemon.memory_dir)],
-        "socket": [*base, "--socket", str(daemon.socket), "--memory-dir", str(tmp_path / "m")],
-    }
-    processes = {
-        what: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for what, command in commands.items()
-    }
-    for what, process in processes.items():
-        try:
-            _, stderr = process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            pytest.fail(f"a second daemon runs on the same {what}")
-        assert process.returncode == 2, stderr
-        assert "another daemon" in stderr and "Traceback" not in stderr
+@pytest.mark.parametrize("shared", ["memory", "socket"])
+def test_a_second_daemon_is_refused_and_the_first_is_not_harmed(
+    daemon: Daemon, tmp_path: Path, shared: str
+) -> None:
+    settings = DaemonSettings(
+        node="y",
+        socket=daemon.socket if shared == "socket" else tmp_path / "s",
+        memory_dir=daemon.memory_dir if shared == "memory" else tmp_path / "m",
+    )
+    with pytest.raises(InvalidRequest, match="another daemon") as caught:
+        asyncio.run(asyncio.wait_for(serve(settings), DEADLINE_S))
+    assert caught.value.next
     assert daemon.status().node == "x"
     trainee = Trainee(daemon, "unharmed")
     trainee.leave()

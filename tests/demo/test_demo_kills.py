@@ -34,11 +34,11 @@ def control_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("control")
 
 
-def demo(kill: str, seed: int, control_cache: Path) -> tuple[dict[str, Any], str]:
+def demo(kill: str, seed: int, control_cache: Path, *more: str) -> tuple[dict[str, Any], str]:
     """The JSON object and the stderr of one demo that exited with 0."""
     argv = [sys.executable, "-m", "ckptd.cli.main", "demo", "--kill", kill, "--seed", str(seed), "--json"]
     ended = subprocess.run(
-        [*argv, "--control-cache", str(control_cache)],
+        [*argv, "--control-cache", str(control_cache), *more],
         env=os.environ | {"PYTHONPATH": str(example.PACKAGE_PARENT)},
         capture_output=True,
         text=True,
@@ -69,7 +69,7 @@ def check(kill: str, value: dict[str, Any]) -> None:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("kill", KILLS)
 def test_the_job_survives_and_not_one_bit_differs(kill: str, control_cache: Path) -> None:
-    check(kill, demo(kill, SEED, control_cache)[0])
+    check(kill, demo(kill, SEED, control_cache, "--fork-server", "--steps", "40")[0])
 
 
 @pytest.mark.soak

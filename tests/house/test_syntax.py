@@ -37,11 +37,10 @@ def violations(path: Path) -> list[str]:
                 if (node.module, alias.name) in FORBIDDEN_ATTRIBUTES:
                     note(node, f"{node.module}.{alias.name}")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in FORBIDDEN_CALLS:
-                note(node, node.func.id)
+            note(node, node.func.id) if node.func.id in FORBIDDEN_CALLS else None
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (node.value.id, node.attr) in FORBIDDEN_ATTRIBUTES:
-                note(node, f"{node.value.id}.{node.attr}")
+            used = (node.value.id, node.attr)
+            note(node, ".".join(used)) if used in FORBIDDEN_ATTRIBUTES else None
     return found
 
 
@@ -100,7 +99,10 @@ def test_every_dependency_says_why() -> None:
 
 
 def test_constraints_pin_every_dependency() -> None:
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().split()
+    }
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     start = lines.index("dependencies = [")
     for line in lines[start + 1 : lines.index("]", start)]:

@@ -68,7 +68,7 @@ class World:
         return Fold(self.geometry, self.node, dirty), dirty
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_any_order_and_interleaving_gives_the_codes_parity(data: st.DataObject) -> None:
     nodes, parity = data.draw(st.sampled_from(GROUPS))

@@ -165,7 +165,7 @@ def test_slots_of_a_grant_or_a_holding_are_not_free(tmp_path: Path) -> None:
 KEYS = st.tuples(st.integers(1, 4), st.integers(0, 12))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(
     keys=st.sets(KEYS, max_size=12),
     generation=st.integers(1, 4),
@@ -194,7 +194,7 @@ def test_the_one_rule(
     assert watermark is None or (generation, watermark) not in gone
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(
     keys=st.sets(KEYS, max_size=12),
     generation=st.integers(1, 4),
