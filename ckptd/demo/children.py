@@ -181,7 +181,7 @@ class Children:
         if self._fork_server is None:
             return self.spawn(name, argv, env, pass_fds=pass_fds)
         log = self._logs / f"{name}.log"
-        with log.open("ab") as output, open(os.devnull, "rb") as nothing:
+        with log.open("ab") as output, Path(os.devnull).open("rb") as nothing:
             own = {0: nothing.fileno(), 1: output.fileno(), 2: output.fileno()}
             fds = own | {fd: fd for fd in pass_fds}
             return self._note(name, self._fork_server.spawn(argv, env, self._cwd, fds), log)
