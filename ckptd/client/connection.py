@@ -23,12 +23,12 @@ from google.protobuf.message import DecodeError
 from ckptd import errors
 from ckptd.v1 import common_pb2, local_pb2
 
-PROTOCOL: Final = 1
 MAX_FRAME_BYTES: Final = 16 << 20
 MAX_UNSENT_BYTES: Final = 1 << 20
 _LENGTH: Final = struct.Struct("<I")
 _READ_BYTES: Final = 1 << 16
 _FD_BYTES: Final = array("i").itemsize
+_CLOSE_ON_EXEC: Final = socket.MSG_CMSG_CLOEXEC
 _FDS_BYTES: Final = socket.CMSG_SPACE(8 * _FD_BYTES)
 
 _ERRORS: Final[dict[int, type[errors.CkptdError]]] = {
@@ -88,6 +88,7 @@ class Connection:
         self._unsent = bytearray()
         self._send_lock = threading.Lock()
         self._received = bytearray()
+        self._read_into = memoryview(bytearray(_READ_BYTES))
         self._fds: deque[int] = deque()
         self._closed = False
 
@@ -170,7 +171,7 @@ class Connection:
             raise ConnectionLost("the connection is closed")
         try:
             # Not socket.recv_fds, which drops its flags (CPython 3.11).
-            data, ancillary, _, _ = self._sock.recvmsg(_READ_BYTES, _FDS_BYTES, socket.MSG_CMSG_CLOEXEC)
+            count, ancillary, _, _ = self._sock.recvmsg_into([self._read_into], _FDS_BYTES, _CLOSE_ON_EXEC)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -178,9 +179,9 @@ class Connection:
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds.extend(array("i", payload[: len(payload) // _FD_BYTES * _FD_BYTES]))
-        if not data:
+        if not count:
             raise ConnectionLost("the daemon closed the connection")
-        self._received += data
+        self._received += self._read_into[:count]
         return True
 
     def _parse(self) -> Arrival | None:

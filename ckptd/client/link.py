@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd import errors
-from ckptd.client.connection import PROTOCOL, Arrival, Connection, ConnectionLost, dial, error_of
+from ckptd.client.connection import Arrival, Connection, ConnectionLost, dial, error_of
 from ckptd.client.schedule import ScheduleView
+from ckptd.protocol import PROTOCOL
 from ckptd.v1 import local_pb2
 
 log = logging.getLogger("ckptd")

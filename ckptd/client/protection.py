@@ -74,6 +74,8 @@ class Protection:
         self._arena: Arena | None = None
         self._refused = False  # the newest plan did not fit: nothing is captured until it changes
         self._ended: deque[Snapshot] = deque()
+        # Images that the daemon was told of and that are not protected yet.
+        self._told: dict[int, local_pb2.Captured] = {}
         self._losses: deque[tuple[int, PendingLoss]] = deque()
         self._held = False
         self._gave_up_at: int | None = None  # the watermark at which waiting was in vain
@@ -269,6 +271,7 @@ class Protection:
             captured = local_pb2.Captured(
                 step=snapshot.step, slot=snapshot.slot, plan_hash=snapshot.plan_hash
             )
+            self._told[snapshot.step] = captured
             self._tell(captured=captured)
         self._ended.append(snapshot)
 
@@ -277,6 +280,8 @@ class Protection:
         self._take_ended()
 
     def _take_ended(self) -> None:
+        for step in [step for step in self._told if step <= self._view.watermark]:
+            del self._told[step]
         while self._ended:
             snapshot = self._ended.popleft()
             if not snapshot.void:
@@ -387,10 +392,20 @@ class Protection:
             stat = os.fstat(arrival.fd)
             if self._arena is not None and self._arena.inode == (stat.st_dev, stat.st_ino):
                 os.close(arrival.fd)
+                self._tell_again()
             else:
                 self._view.start_over()
                 self._let_go()
                 self._map(self._plan, arrival)
+
+    def _tell_again(self) -> None:
+        """A daemon that died between an image's arrival and its record knows nothing of it.
+
+        It gives up what it cannot find, so that nobody waits for that step; what it has, it has.
+        """
+        for step, captured in sorted(self._told.items()):
+            if step > self._view.watermark and step not in self._view.given_up:
+                self._tell(captured=captured)
 
     # Words
 

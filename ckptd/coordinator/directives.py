@@ -61,8 +61,10 @@ def _wish(state: State, job: Job, node: Node) -> JobDirective | None:
     member = job.roster is not None and job.roster.member(node.name) is not None
     if not member:
         if facts is not None and (facts.generation or job.phase == FINISHED):
-            # It was a member: it learns the new membership, and that its trainers must go.
-            return replace(base, roster=job.roster, finished=job.phase == FINISHED)
+            # It was a member: it learns the new membership, that its trainers must go, and when
+            # what it still holds is needed no more.
+            passed = _on_the_wire(job.schedule) if job.schedule is not None else None
+            return replace(base, roster=job.roster, schedule=passed, finished=job.phase == FINISHED)
         waits = job.phase in (FORMING, PLANNING)
         return replace(base, waiting_for=job.waiting_for) if waits else None
     assert job.roster is not None

@@ -20,10 +20,9 @@ from ckptd.errors import ProtocolMismatch
 from ckptd.image.names import check_name
 from ckptd.memory import schedule
 from ckptd.memory.inventory import HoldingFact, Member, Roster, Snapshot
+from ckptd.protocol import PROTOCOL
 from ckptd.recovery.plan import TransferOrder
 from ckptd.v1 import common_pb2, coordinator_pb2
-
-PROTOCOL = 1
 
 _TRAINER_STATES = {
     coordinator_pb2.Trainer.ALIVE: TrainerState.ALIVE,

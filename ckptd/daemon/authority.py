@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckptd.daemon.job import Job
-from ckptd.errors import StateMismatch
+from ckptd.errors import CorruptImage, StateMismatch
 from ckptd.memory.schedule import Schedule, facts_of, next_schedule, to_message
 from ckptd.v1 import common_pb2, coordinator_pb2
 
@@ -52,6 +52,7 @@ def lone_roster(job: Job, ranks: int, address: tuple[str, str]) -> common_pb2.Ro
 
     Raises:
         StateMismatch: the steps held here are of another number of ranks.
+        CorruptImage: the job had a state, and nothing of it verifies any more.
     """
     control, bulk = address
     steps = [h for h in job.memory.holdings.values() if h.sealed]
@@ -61,6 +62,13 @@ def lone_roster(job: Job, ranks: int, address: tuple[str, str]) -> common_pb2.Ro
             f"job {job.name} holds step {start.step} of {len(start.ranks)} ranks",
             f"this run has {ranks}, and loading into another layout is not possible yet",
             f"run with {len(start.ranks)} ranks, or 'ckptd forget {job.name}' to start afresh",
+        )
+    known = max(job.roster.start.step, job.schedule.watermark if job.schedule.has_watermark else 0)
+    if start is None and known:
+        raise CorruptImage(
+            f"job {job.name} had a state of step {known}, and nothing of it is left that verifies",
+            job.transfer.reason,
+            f"'ckptd forget {job.name}' to start afresh",
         )
     member = common_pb2.Member(node=job.node, ranks=range(ranks), control_address=control, bulk_address=bulk)
     where = common_pb2.Snapshot(generation=start.generation, step=start.step) if start else None

@@ -13,7 +13,6 @@ from google.protobuf.message import DecodeError
 from ckptd.errors import CkptdError, ProtocolMismatch
 from ckptd.v1 import common_pb2, local_pb2
 
-PROTOCOL = 1
 MAX_FRAME_BYTES = 16 << 20
 _DRAIN_S = 0.05
 _FLUSH_S = 1.0

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ckptd.daemon.adopt import adopt
 from ckptd.daemon.authority import Authority, lone_roster
-from ckptd.daemon.frames import PROTOCOL, FrameLink, failure
+from ckptd.daemon.frames import FrameLink, failure
 from ckptd.daemon.job import Job, State, Trainer, held_by
 from ckptd.daemon.protection import Protection
 from ckptd.daemon.settings import DaemonSettings, host_of
@@ -20,6 +20,7 @@ from ckptd.daemon.transfer import Transfers
 from ckptd.erasure.groups import MAX_PARITY
 from ckptd.errors import InvalidRequest, NotFound, RankTaken
 from ckptd.memory import records
+from ckptd.protocol import PROTOCOL
 from ckptd.v1 import common_pb2, coordinator_pb2, local_pb2
 
 log = logging.getLogger("ckptd.daemon")
@@ -285,7 +286,13 @@ class Node:
         )
 
     def watch(self, job: Job, trainer: Trainer) -> None:
-        """Learns of the trainer's death from the kernel, at once."""
+        """Learns of the trainer's death from the kernel, at once.
+
+        A trainer in another pid namespace (a container's) has no pid here: then the end of
+        its connection is its end.
+        """
+        if not trainer.pid:
+            return
         loop = asyncio.get_running_loop()
         try:
             fd = os.pidfd_open(trainer.pid)
@@ -307,6 +314,11 @@ class Node:
         if trainer.link is not None:
             await trainer.link.drained()
         self._died(job, trainer)
+
+    def disconnected(self, job: Job, trainer: Trainer) -> None:
+        """A trainer's connection ended; a process that can be watched may still come back."""
+        if not trainer.pid:
+            self._died(job, trainer)
 
     def _died(self, job: Job, trainer: Trainer) -> None:
         if trainer.state != State.ALIVE or job.trainers.get(trainer.rank) is not trainer:

@@ -45,7 +45,7 @@ async def serve(settings: DaemonSettings) -> None:
         Unreachable: an address cannot be listened on.
     """
     _check_memory_dir(settings.memory_dir)
-    settings.socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if settings.embedded else 0o755)
+    _make_socket_dir(settings)
     # Digesting holds the GIL for a cell at a time; at the default of 5 ms every beat would wait for it.
     sys.setswitchinterval(_SWITCH_S)
     with _only_one(settings.memory_dir), ThreadPoolExecutor(2, thread_name_prefix="digest") as pool:
@@ -179,6 +179,16 @@ def _check_memory_dir(path: Path) -> None:
             f"at least {_SMALLEST_TMPFS_BYTES:,} are needed",
             "enlarge it (in a container: --shm-size), or point --memory-dir at a larger tmpfs",
         )
+
+
+def _make_socket_dir(settings: DaemonSettings) -> None:
+    path = settings.socket.parent
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700 if settings.embedded else 0o755)
+    except OSError as error:
+        raise InvalidRequest(
+            f"{path} cannot be made for the socket", str(error), "create it, or choose another --socket"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,11 +8,19 @@ import socket
 import stat
 from pathlib import Path
 
-from ckptd.daemon.frames import PROTOCOL, FrameLink, failure
+from ckptd.daemon.frames import FrameLink, failure
 from ckptd.daemon.job import Job, Trainer
 from ckptd.daemon.node import Node
-from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, NotFound, ProtocolMismatch
+from ckptd.errors import (
+    CkptdError,
+    CorruptImage,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    ProtocolMismatch,
+)
 from ckptd.image.names import check_name
+from ckptd.protocol import PROTOCOL
 from ckptd.v1 import coordinator_pb2, local_pb2
 
 log = logging.getLogger("ckptd.trainers")
@@ -126,6 +134,7 @@ class _Session:
                     raise
                 self._link.send(failure(error))
             await self._link.room()
+        self._node.disconnected(self._job, self._trainer)
 
     def _stale(self) -> bool:
         trainer = self._trainer
@@ -223,8 +232,10 @@ class _Session:
             await self._node.next_change(max(0.0, deadline - loop.time()))
             job.refuse_stale(self._trainer.generation)  # else it would get another generation's state
         if job.transfer.state == Transfer.FAILED:
-            raise InvalidRequest(
-                f"job {job.name} cannot start from step {job.roster.start.step}", job.transfer.reason
+            raise CorruptImage(
+                f"job {job.name} cannot start from step {job.roster.start.step}",
+                job.transfer.reason,
+                "start again: the next newest step that verifies is taken",
             )
         rung = job.transfer.rung or "none"
         located = local_pb2.Located(step=start.step, rung=rung, verified=True)

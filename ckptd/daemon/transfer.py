@@ -107,7 +107,7 @@ class Transfers:
             position=position,
             group=list(order.group),
             parity=order.parity,
-            sources={source.position: source.bulk_address for source in order.sources},
+            sources=[(source.position, source.bulk_address) for source in order.sources],
             timeout_s=self._settings.bulk_timeout_s,
         )
         loop = asyncio.get_running_loop()

@@ -19,11 +19,11 @@ from google.protobuf.message import DecodeError
 
 from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, ProtocolMismatch, Unreachable
 from ckptd.image.digest import CELL_BYTES
+from ckptd.protocol import PROTOCOL
 from ckptd.v1 import bulk_pb2, common_pb2
 
 log = logging.getLogger("ckptd.bulk")
 
-PROTOCOL = 1
 BLOCK_CELLS = 16  # 1 MiB: large enough for full speed, small enough to yield
 BLOCK_BYTES = BLOCK_CELLS * CELL_BYTES
 MAX_HEADER_BYTES = 64 << 10

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -39,7 +39,8 @@ class Rebuild:
         sender: this node's name.
         snapshot: the (generation, step) to rebuild.
         group: members of the old group in order; `parity` of it.
-        sources: bulk address of whoever stands for a position now.
+        sources: (position, bulk address) of everybody who stands for a position now; one that
+            stands for the lost position gives its image as it is.
     """
 
     header: common_pb2.Header
@@ -48,7 +49,7 @@ class Rebuild:
     position: str
     group: Sequence[str]
     parity: int
-    sources: Mapping[str, str]
+    sources: Sequence[tuple[str, str]]
     timeout_s: float
     seals: dict[str, bulk_pb2.SealRecord] = field(default_factory=dict)
     received_bytes: int = 0
@@ -60,7 +61,7 @@ class Rebuild:
         Raises:
             NotEnoughCells: some record is nowhere to be had.
         """
-        for holder, address in self.sources.items():
+        for holder, address in self.sources:
             for member in [member for member in self.group if member not in self.seals]:
                 try:
                     self._fetch_seal(address, member)
@@ -71,9 +72,10 @@ class Rebuild:
                     break
         missing = [member for member in self.group if member not in self.seals]
         if missing:
+            asked = ", ".join(sorted({position for position, _ in self.sources}))
             raise NotEnoughCells(
                 f"step {self.snapshot[1]} of node {self.position} cannot be rebuilt",
-                f"nobody of {', '.join(self.sources)} holds the seal records of {', '.join(missing)}",
+                f"nobody of {asked} holds the seal records of {', '.join(missing)}",
             )
         return self.seals[self.position]
 
@@ -135,15 +137,13 @@ class _Stripe:
         self._geometry = geometry
         self._chunk_bytes = chunk_bytes
         self._code = Code(geometry.data_chunks, geometry.parity)
-        lost = rebuild.group.index(rebuild.position)
-        # Positions by symbol: data first, since a data symbol costs no arithmetic.
-        holders = {
-            geometry.symbol_on(rebuild.group.index(position), index): position
-            for position in rebuild.sources
-            if rebuild.group.index(position) != lost
-        }
+        # Who may give a symbol; data first, since a data symbol costs no arithmetic.
+        holders: dict[int, list[tuple[str, str]]] = {}
+        for position, address in rebuild.sources:
+            symbol = geometry.symbol_on(rebuild.group.index(position), index)
+            holders.setdefault(symbol, []).append((position, address))
         self._holders = dict(sorted(holders.items()))
-        self._connections: dict[int, Connection] = {}
+        self._connections: dict[str, Connection] = {}
 
     def close(self) -> None:
         for connection in self._connections.values():
@@ -168,11 +168,14 @@ class _Stripe:
         return memoryview(out)
 
     def _decode(self, lost: int, first: int, cells: int, expected: bytes) -> memoryview:
+        whole = self._fetch(lost, first, cells)
+        if whole is not None:
+            return whole
         needed = self._geometry.data_chunks
         present: dict[int, memoryview] = {}
         tried: set[frozenset[int]] = set()
-        for symbol in list(self._holders):
-            part = self._fetch(symbol, first, cells)
+        for symbol in self._holders:
+            part = self._fetch(symbol, first, cells) if symbol != lost else None
             if part is None:
                 continue
             present[symbol] = part
@@ -185,48 +188,53 @@ class _Stripe:
                 if not mismatches(out, expected):
                     return out
                 log.warning("stripe %d: symbols %s do not give the sealed bytes", self.index, chosen)
+        left = sorted({name for held in self._holders.values() for name, _ in held})
         raise NotEnoughCells(
             f"stripe {self.index} of step {self._rebuild.snapshot[1]} cannot be decoded",
-            f"{needed} good symbols needed, {len(present)} found among"
-            f" {', '.join(self._holders.values()) or 'nobody'}",
+            f"{needed} good symbols needed, {len(present)} found among {', '.join(left) or 'nobody'}",
         )
 
     def _fetch(self, symbol: int, first: int, cells: int) -> memoryview | None:
         """Verified cells of one symbol, or None; who cannot give any is not asked again."""
-        rebuild, position = self._rebuild, self._holders[symbol]
-        node = rebuild.group.index(position)
+        for holder in list(self._holders.get(symbol, ())):
+            try:
+                part = self._fetch_from(holder, symbol, first, cells)
+            except (CkptdError, ValueError) as error:
+                log.warning("symbol %d of stripe %d from %s: %s", symbol, self.index, holder[0], error)
+                self._holders[symbol].remove(holder)
+                if holder[1] in self._connections:
+                    self._connections.pop(holder[1]).close()
+                continue
+            if part is not None:
+                return part
+        return None
+
+    def _fetch_from(self, holder: tuple[str, str], symbol: int, first: int, cells: int) -> memoryview | None:
+        rebuild, (position, address) = self._rebuild, holder
         parity = symbol >= self._geometry.data_chunks
+        node = rebuild.group.index(position)
         index = symbol - self._geometry.data_chunks if parity else self._chunk_of(node)
+        if address not in self._connections:
+            self._connections[address] = Connection.open(address, rebuild.timeout_s)
+        connection = self._connections[address]
+        request = rebuild._request(
+            position=position,
+            parity=parity,
+            index=index,
+            first_cell=first,
+            cells=cells,
+            chunk_bytes=self._chunk_bytes,
+        )
+        answer = connection.request(request)
         buffer = memoryview(bytearray(cells * CELL_BYTES))
-        try:
-            if symbol not in self._connections:
-                self._connections[symbol] = Connection.open(rebuild.sources[position], rebuild.timeout_s)
-            connection = self._connections[symbol]
-            request = rebuild._request(
-                position=position,
-                parity=parity,
-                index=index,
-                first_cell=first,
-                cells=cells,
-                chunk_bytes=self._chunk_bytes,
-            )
-            answer = connection.request(request)
-            if answer.payload_bytes != len(buffer):
-                raise CorruptImage(
-                    "cells of another length", f"{answer.payload_bytes} for {len(buffer)} bytes"
-                )
-            connection.receive_into(buffer)
-            with rebuild._lock:
-                rebuild.received_bytes += len(buffer)
-            digests = answer.cells.digests if parity else self._data_digests(position, index, first, cells)
-            if wrong := mismatches(buffer, digests):
-                log.warning("node %s sent %d wrong cells of stripe %d", position, len(wrong), self.index)
-                return None
-        except (CkptdError, ValueError) as error:
-            log.warning("symbol %d of stripe %d from %s: %s", symbol, self.index, position, error)
-            del self._holders[symbol]
-            if symbol in self._connections:
-                self._connections.pop(symbol).close()
+        if answer.payload_bytes != len(buffer):
+            raise CorruptImage("cells of another length", f"{answer.payload_bytes} for {len(buffer)} bytes")
+        connection.receive_into(buffer)
+        with rebuild._lock:
+            rebuild.received_bytes += len(buffer)
+        digests = answer.cells.digests if parity else self._data_digests(position, index, first, cells)
+        if wrong := mismatches(buffer, digests):
+            log.warning("node %s sent %d wrong cells of stripe %d", position, len(wrong), self.index)
             return None
         return buffer
 

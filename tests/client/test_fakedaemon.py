@@ -13,8 +13,9 @@ import pytest
 from fakedaemon import FakeDaemon
 
 from ckptd.client import embedded
-from ckptd.client.connection import PROTOCOL, Arrival, Connection, dial
+from ckptd.client.connection import Arrival, Connection, dial
 from ckptd.client.settings import Environment
+from ckptd.protocol import PROTOCOL
 from ckptd.v1 import common_pb2, local_pb2
 
 IMAGE_BYTES = 3 * 65536 + 17

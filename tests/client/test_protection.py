@@ -268,7 +268,7 @@ def test_the_first_three_and_every_nth_snapshot_are_audited(fake: Start, socket_
 
 
 def test_a_step_without_an_optimizer_step_ends_the_audit_before_it(fake: Start, socket_path: Path) -> None:
-    """As when a GradScaler skips: no optimizer's fence came, so run.step() is the fence of what was before."""
+    """As when a GradScaler skips: no optimizer's fence came, so run.step() is the fence."""
     daemon = fake()
     trainee = plain()
     with attach(trainee, socket_path, max_lag=2) as run:

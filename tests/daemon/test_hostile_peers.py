@@ -302,7 +302,7 @@ async def _rebuild(cluster: Cluster, lost: str, sources: list[str], step: int) -
         position=lost,
         group=holding.group,
         parity=cluster.parity,
-        sources={name: cluster.nodes[name].bulk_address for name in sources},
+        sources=[(name, cluster.nodes[name].bulk_address) for name in sources],
         timeout_s=5.0,
     )
     loop = asyncio.get_running_loop()
