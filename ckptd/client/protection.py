@@ -74,7 +74,7 @@ class Protection:
         self._arena: Arena | None = None
         self._refused = False  # the newest plan did not fit: nothing is captured until it changes
         self._ended: deque[Snapshot] = deque()
-        # Images that the daemon was told of and that are not protected yet.
+        # Images that the daemon was told of and that are not protected yet; the copier adds to it.
         self._told: dict[int, local_pb2.Captured] = {}
         self._losses: deque[tuple[int, PendingLoss]] = deque()
         self._held = False
@@ -280,8 +280,9 @@ class Protection:
         self._take_ended()
 
     def _take_ended(self) -> None:
-        for step in [step for step in self._told if step <= self._view.watermark]:
-            del self._told[step]
+        for step in list(self._told):  # a copy: the copier adds to it
+            if step <= self._view.watermark:
+                del self._told[step]
         while self._ended:
             snapshot = self._ended.popleft()
             if not snapshot.void:

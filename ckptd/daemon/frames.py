@@ -91,7 +91,8 @@ class FrameLink:
     async def flush(self) -> None:
         """Returns when everything queued has been sent, or the trainer is gone or does not read."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._sent_down_to(0), _FLUSH_S)
+            async with asyncio.timeout(_FLUSH_S):
+                await self._sent_down_to(0)
 
     async def room(self) -> None:
         """Returns when the queue is short: a trainer that asks and does not read waits for itself."""
@@ -108,7 +109,8 @@ class FrameLink:
         stream is not waited for without a bound.
         """
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), _DRAIN_S)
+            async with asyncio.timeout(_DRAIN_S):
+                await self._ended.wait()
 
     def close(self) -> None:
         self._ended.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -84,10 +85,10 @@ class Node:
 
     async def next_change(self, timeout_s: float | None = None) -> None:
         """Returns at the next change of a fact, or after `timeout_s`."""
-        try:
-            await asyncio.wait_for(self._pulse.wait(), timeout_s)
-        except TimeoutError:
-            return
+        # Not wait_for, which in Python 3.11 may swallow the cancellation that ends the daemon.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._pulse.wait()
 
     # Memory
 

@@ -165,7 +165,8 @@ async def _answer(context: Context, work: Callable[[], Awaitable[T]]) -> T:
     if left is None:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a call needs a deadline")
     try:
-        return await asyncio.wait_for(work(), left)
+        async with asyncio.timeout(left):
+            return await work()
     except CkptdError as error:
         code = next(
             (code for kind, code in _STATUS.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL

@@ -118,7 +118,8 @@ class _Session:
 
     async def run(self) -> None:
         try:
-            first = await asyncio.wait_for(self._link.receive(), _HELLO_S)
+            async with asyncio.timeout(_HELLO_S):
+                first = await self._link.receive()
         except TimeoutError:
             return  # whoever connects and says nothing must not fill the daemon's descriptors
         if first is None:

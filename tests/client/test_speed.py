@@ -16,7 +16,9 @@ PARAMETERS = 750  # with AdamW: 3,000 tensors
 LIMIT_S = 0.005
 
 
-def test_a_step_of_three_thousand_tensors(fake: Callable[..., FakeDaemon], socket_path: Path) -> None:
+def test_a_step_of_three_thousand_tensors(
+    fake: Callable[..., FakeDaemon], socket_path: Path, soak: bool
+) -> None:
     fake()
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(PARAMETERS // 2)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -42,6 +44,7 @@ def test_a_step_of_three_thousand_tensors(fake: Callable[..., FakeDaemon], socke
                 f"run.step(), {PARAMETERS} parameters: {clock} least {least:.2f} ms, median {median:.2f} ms"
             )
         assert run.statistics().captured >= 13
-        # The least, since what else runs on this machine slows this thread down, too.
-        assert cpu[0] < LIMIT_S
+        # The least, since what else runs on this machine slows this thread down, too; asserted
+        # with --soak only, since a slow machine must not fail a test.
+        assert cpu[0] < LIMIT_S or not soak
         run.fence()
