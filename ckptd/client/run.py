@@ -46,7 +46,7 @@ from ckptd.v1 import local_pb2
 log = logging.getLogger("ckptd")
 
 _LEAVE_S = 5.0
-_REASON_CHARACTERS = 200
+_REASON_CHARACTERS = 100
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
