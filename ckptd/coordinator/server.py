@@ -11,33 +11,18 @@ from typing import NoReturn
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from ckptd.coordinator import wire
 from ckptd.coordinator.journal import Journal
 from ckptd.coordinator.settings import CoordinatorSettings
 from ckptd.coordinator.shell import Shell, Stream
-from ckptd.errors import CkptdError, InvalidRequest, NotFound, ProtocolMismatch, Unreachable
+from ckptd.errors import CkptdError, InvalidRequest, NotFound, ProtocolMismatch
 from ckptd.image.names import check_name
+from ckptd.rpc import make_server
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc
 
 log = logging.getLogger("ckptd.coordinator")
 
-MAX_MESSAGE_BYTES = 64 << 20
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_concurrent_streams", 4096),
-    # A peer that vanished without a word is noticed by heartbeats first; this ends its stream.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # Both sides ping: what daemons send must not count as abuse.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
-    # A second coordinator on this port must fail, not share it.
-    ("grpc.so_reuseport", 0),
-]
 _SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 _CODES = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -95,19 +80,10 @@ async def _until(stop: asyncio.Event, shell: Shell) -> None:
 
 
 async def _listen(settings: CoordinatorSettings, shell: Shell) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server(options=_OPTIONS)
-    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(Service(shell), server)
-    status = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    for name in ("", _SERVICE):
-        await status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        port = server.add_insecure_port(settings.listen)
-    except RuntimeError as error:
-        raise Unreachable(
-            f"cannot listen on {settings.listen}", str(error), "choose another --listen"
-        ) from error
+    def register(server: grpc.aio.Server) -> None:
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(Service(shell), server)
+
+    server, port = await make_server(_SERVICE, register, settings.listen)
     await server.start()
     return server, port
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ckptd.address import is_loopback
 from ckptd.coordinator.state import Timing
 from ckptd.errors import InvalidRequest
 
@@ -41,7 +42,7 @@ class CoordinatorSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> CoordinatorSettings:
-        if not self.insecure and not _is_loopback(self.listen):
+        if not self.insecure and not is_loopback(self.listen):
             raise InvalidRequest(
                 f"--listen {self.listen} is reachable from other machines",
                 "there is no TLS yet, and whoever reaches it can stop and redirect every job",
@@ -73,11 +74,3 @@ class CoordinatorSettings(BaseSettings):
             transfer_stall_s=self.transfer_stall_s,
             start_timeout_s=self.start_timeout_s,
         )
-
-
-def _is_loopback(address: str) -> bool:
-    """Whether host:port names this machine only."""
-    host = address.rpartition(":")[0].strip("[]")
-    parts = host.split(".")
-    dotted = len(parts) == 4 and all(part.isdecimal() for part in parts)
-    return host in {"localhost", "::1"} or (dotted and parts[0] == "127")

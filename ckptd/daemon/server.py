@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from ckptd.address import host_of
 from ckptd.daemon.node import Node
 from ckptd.daemon.service import DaemonService
-from ckptd.daemon.session import MAX_MESSAGE_BYTES, Session
-from ckptd.daemon.settings import DaemonSettings, host_of
+from ckptd.daemon.session import Session
+from ckptd.daemon.settings import DaemonSettings
 from ckptd.daemon.trainers import TrainerServer, clear_socket
 from ckptd.errors import InvalidRequest, NoSpace, Unreachable
 from ckptd.memory.bulk import BulkServer
+from ckptd.rpc import make_server
 from ckptd.v1 import daemon_pb2, daemon_pb2_grpc
 
 log = logging.getLogger("ckptd.daemon")
@@ -113,26 +113,10 @@ def _bulk_server(node: Node) -> BulkServer:
 
 
 async def _control_server(node: Node) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_concurrent_streams", 1024),
-            ("grpc.so_reuseport", 0),
-        ]
-    )
-    daemon_pb2_grpc.add_DaemonServicer_to_server(DaemonService(node), server)
-    status = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    for name in ("", _SERVICE):
-        await status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        port = server.add_insecure_port(node.settings.listen)
-    except RuntimeError as error:
-        raise Unreachable(
-            f"cannot listen on {node.settings.listen}", str(error), "choose another --listen"
-        ) from error
+    def register(server: grpc.aio.Server) -> None:
+        daemon_pb2_grpc.add_DaemonServicer_to_server(DaemonService(node), server)
+
+    server, port = await make_server(_SERVICE, register, node.settings.listen)
     # Operators of this machine come by path; the file's mode says who may.
     local = control_socket(node.settings.socket)
     local.unlink(missing_ok=True)

@@ -12,9 +12,9 @@ import grpc
 from ckptd import erasure
 from ckptd.daemon.job import Job
 from ckptd.daemon.node import Node
-from ckptd.daemon.session import CHANNEL_OPTIONS
 from ckptd.errors import CkptdError, InvalidRequest, NotFound, StaleGeneration
 from ckptd.protocol import PROTOCOL
+from ckptd.rpc import CHANNEL_OPTIONS
 from ckptd.v1 import coordinator_pb2, coordinator_pb2_grpc, daemon_pb2, daemon_pb2_grpc
 
 T = TypeVar("T")

@@ -11,19 +11,11 @@ import grpc
 from ckptd.daemon.job import Job
 from ckptd.daemon.node import Node
 from ckptd.errors import CkptdError
+from ckptd.rpc import CHANNEL_OPTIONS
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc, daemon_pb2, daemon_pb2_grpc
 
 log = logging.getLogger("ckptd.session")
 
-MAX_MESSAGE_BYTES = 64 << 20
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-]
 _RETRY_S = 0.1
 _FACTS_TIMEOUT_S = 0.3
 

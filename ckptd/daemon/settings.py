@@ -9,19 +9,9 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ckptd.address import is_loopback
 from ckptd.errors import InvalidRequest
 from ckptd.image.names import check_name
-
-
-def host_of(address: str) -> str:
-    """The host of host:port."""
-    return address.rpartition(":")[0].strip("[]")
-
-
-def is_loopback(address: str) -> bool:
-    """Whether host:port names this machine only."""
-    host = host_of(address)
-    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 class DaemonSettings(BaseSettings):

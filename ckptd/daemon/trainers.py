@@ -8,6 +8,7 @@ import socket
 import stat
 from pathlib import Path
 
+from ckptd.daemon.admission import admit
 from ckptd.daemon.frames import FrameLink, failure
 from ckptd.daemon.job import Job, Trainer
 from ckptd.daemon.node import Node
@@ -150,7 +151,7 @@ class _Session:
                 "run the same release of ckptd in the trainer and in the daemon",
             )
         check_name("job", message.header.job)
-        self._job, self._trainer = await self._node.attach(self._link, message.header, hello)
+        self._job, self._trainer = await admit(self._node, self._link, message.header, hello)
         self._link.send(
             local_pb2.DaemonMessage(
                 welcome=local_pb2.Welcome(

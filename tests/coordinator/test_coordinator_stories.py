@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from coordinator_node import JOB
 from coordinator_world import World
 
-from ckptd.coordinator import machine
+from ckptd.coordinator import incident, machine
 from ckptd.coordinator.directives import status_of
 from ckptd.coordinator.effects import Announce, CommitEntry, Record, Send
 from ckptd.coordinator.events import NodeReport, Reported, Spec, Submitted, Tick
@@ -198,6 +199,20 @@ def test_a_daemon_dies_and_training_goes_on_without_protection(seed: int) -> Non
     assert schedule is not None and not schedule.paused
     assert (schedule.watermark or 0) > (mark or 0), "protection returns with the daemon"
     assert names(made, at) == ["node-suspect", "node-joined"]
+
+
+def test_protection_stays_paused_until_a_new_daemon_has_its_trainers_back() -> None:
+    """Else the other ranks would wait for protection, and that rank, inside their collective, for them."""
+    made = world(1)
+    job = job_of(made)
+    assert made.state is not None
+    node = made.state.nodes["n1"]
+    assert node.report is not None
+    assert incident.schedule_away(made.state, job) == {}
+    facts = tuple(replace(known, running_generation=0) for known in node.report.jobs)
+    fresh = replace(node, report=replace(node.report, jobs=facts))
+    state = replace(made.state, nodes={**made.state.nodes, "n1": fresh})
+    assert "not back yet" in incident.schedule_away(state, job)["n1"]
 
 
 def test_a_daemon_that_hangs_while_training_goes_on_is_suspect_and_no_more() -> None:
