@@ -51,7 +51,7 @@ def _job_for(node: Node, link: FrameLink, header: common_pb2.Header, hello: loca
             raise InvalidRequest(
                 f"job {header.job} has no launcher that follows ckptd's orders",
                 "CKPTD_GENERATION is not set, and this daemon has a coordinator",
-                "start the job through a launcher that watches Orders (see README, 'Launchers')",
+                "start the job through a launcher that watches Orders (see docs/operations.md, 'Launchers')",
             )
         return node.job(header.job)
     if hello.world_size != hello.local_world_size:
