@@ -30,7 +30,8 @@ def show(address: str | None, socket: Path | None, as_json: bool) -> None:
         return
     console = Console()
     mode = "embedded, " if reply.embedded else ""
-    console.print(f"node [bold]{reply.node}[/bold] ({mode}process {reply.pid}, code kernel {reply.kernel.split(" ")[0]})")
+    kernel = reply.kernel.split(" ")[0]
+    console.print(f"node [bold]{reply.node}[/bold] ({mode}process {reply.pid}, code kernel {kernel})")
     console.print(f"survives: {reply.survives}")
     used = sum(memory.arena_bytes + memory.parity_bytes for memory in reply.memory)
     console.print(f"memory: {_mib(used)} of {_mib(reply.memory_limit_bytes)} at {reply.memory_dir}")
