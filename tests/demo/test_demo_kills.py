@@ -48,6 +48,8 @@ def demo(kill: str, seed: int, control_cache: Path, *more: str) -> tuple[dict[st
     assert ended.returncode == 0, f"exit code {ended.returncode}"
     value: dict[str, Any] = json.loads(ended.stdout)
     print(json.dumps(value, indent=2))
+    shown = ("lost_steps", "detected_s", "planned_s", "transferred_s", "restart_s", "identical")
+    print(f"demo {kill}, seed {seed}: " + ", ".join(f"{name} {value[name]}" for name in shown))
     return value, ended.stderr
 
 
