@@ -112,7 +112,7 @@ class Transfers:
         )
         loop = asyncio.get_running_loop()
         seal = await loop.run_in_executor(self._pool, rebuild.fetch_seals)
-        holding = self._place(job, order, seal, rebuild.seals)
+        holding = self._place(job, order, seal)
 
         def sink(first_cell: int, cells: memoryview) -> None:
             if job.generation != order.generation:
@@ -135,28 +135,36 @@ class Transfers:
         job.memory.save(holding)
         return rebuild.received_bytes
 
-    def _place(
-        self,
-        job: Job,
-        order: coordinator_pb2.TransferOrder,
-        seal: bulk_pb2.SealRecord,
-        seals: dict[str, bulk_pb2.SealRecord],
-    ) -> Holding:
-        """A holding with a slot for every rank of the lost node, not yet entered into the job."""
+    def _place(self, job: Job, order: coordinator_pb2.TransferOrder, seal: bulk_pb2.SealRecord) -> Holding:
+        """A holding with a slot for every rank of the lost position, not yet entered into the job.
+
+        Where this node held the position itself, with a damaged image, its parity is kept, since
+        others may need it, and the damaged bytes are written over.
+        """
         start = job.roster.start
+        old = job.memory.holdings.get((start.generation, start.step))
+        if old is not None and old.position != seal.node:
+            job.memory.release(old.key)
+            old = None
         ranks = tuple(rank.rank for rank in seal.ranks)
-        job.memory.release((start.generation, start.step))
         holding = Holding(start.generation, start.step, tuple(order.group), seal.node, order.parity, ranks)
+        if old is not None:
+            holding.parity, holding.folded = old.parity, old.folded
         for rank in seal.ranks:
-            arena = job.memory.rank_arena(rank.rank, rank.plan_hash)
-            if arena is None:
-                job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
-                arena = job.memory.make_rank_arena(rank.rank, rank.plan_hash, job.slots, rank.image_bytes)
-            free = job.memory.free_slots(arena)
-            if not free:
-                raise NoSpace(f"no slot of rank {rank.rank} is free on node {job.node} for step {start.step}")
-            holding.places[rank.rank] = Place(arena, free[0], rank.image_bytes)
+            there = old.places.get(rank.rank) if old is not None else None
+            fits = there is not None and there.arena.plan_hash == rank.plan_hash
+            holding.places[rank.rank] = there if there is not None and fits else self._new_place(job, rank)
         return holding
+
+    def _new_place(self, job: Job, rank: bulk_pb2.RankSeal) -> Place:
+        arena = job.memory.rank_arena(rank.rank, rank.plan_hash)
+        if arena is None:
+            job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
+            arena = job.memory.make_rank_arena(rank.rank, rank.plan_hash, job.slots, rank.image_bytes)
+        free = job.memory.free_slots(arena)
+        if not free:
+            raise NoSpace(f"no slot of rank {rank.rank} is free on node {job.node}")
+        return Place(arena, free[0], rank.image_bytes)
 
 
 def _differs(views: list[memoryview], digests: bytes) -> bool:

@@ -189,3 +189,37 @@ def test_a_damaged_own_image_is_refused_and_named(tmp_path: Path) -> None:
             cluster.close()
 
     asyncio.run(run())
+
+
+def test_a_damaged_own_image_is_decoded_and_the_parity_beside_it_stays(tmp_path: Path) -> None:
+    """Two nodes with a damaged image each: both decode, and each needs the other's parity."""
+    names = ["n0", "n1", "n2", "n3"]
+
+    async def run() -> None:
+        cluster = Cluster(tmp_path, 4, 2)
+        try:
+            await _protect(cluster, names, 2, [SIZES[3]] * 4)
+            broken = ["n1", "n2"]
+            for name in broken:
+                holding = cluster.job(name).memory.holdings[1, 2]
+                (place,) = holding.places.values()
+                place.image[5] ^= 1
+                holding.rank_seals.clear()  # as the failed verification leaves it
+                del holding.seals[name]
+            roster = cluster.roster(names, 2, (1, 2))
+            cluster.direct([n for n in names if n not in broken], roster)
+            for name in broken:
+                alive = [n for n in names if n != name]
+                cluster.direct([name], roster, **_order(cluster, broken, alive, names, [name]))
+            await until(
+                lambda: all(cluster.job(n).transfer.state in (VERIFIED, FAILED) for n in broken), "they end"
+            )
+            for rank, name in ((1, "n1"), (2, "n2")):
+                job = cluster.job(name)
+                assert job.transfer.state == VERIFIED, job.transfer.reason
+                assert bytes(job.memory.holdings[1, 2].places[rank].image) == image(rank, 2, SIZES[3])
+                assert job.memory.holdings[1, 2].folded
+        finally:
+            cluster.close()
+
+    asyncio.run(run())
