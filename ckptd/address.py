@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 
 def host_of(address: str) -> str:
     """The host of host:port."""
@@ -9,6 +11,9 @@ def host_of(address: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether host:port names this machine only."""
+    """Whether host:port names this machine only; a name other than localhost may be anybody's."""
     host = host_of(address)
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -207,6 +207,12 @@ class FakeDaemon:
     def _on_captured(self, link: socket.socket, message: local_pb2.TrainerMessage, rank: list[int]) -> None:
         step, slot = message.captured.step, message.captured.slot
         memory = self.memory[rank[0]]
+        if self.hellos[-1].reconnect and step not in self._grants:
+            # Told again, since a daemon may die between an image's arrival and its record.  Like the
+            # real one: what is known is known, and what is not is given up.
+            if step not in self.captured and step not in self.aborted:
+                self.aborted[step] = local_pb2.Aborted(step=step, reason="its image is nowhere")
+            return self._push()
         self._expect(self._grants.pop(step, None) == slot, f"step {step} was not granted slot {slot}")
         self._expect(step not in self.captured and step not in self.aborted, f"step {step} ended twice")
         self._expect(message.captured.plan_hash == memory.plan_hash, "captured with another plan")
@@ -215,7 +221,7 @@ class FakeDaemon:
         self.images[step] = memory.image(slot)
         if self.protect:
             self.watermark = max(step, self.watermark or 0)
-        self._push()
+        return self._push()
 
     def _on_aborted(self, link: socket.socket, message: local_pb2.TrainerMessage, rank: list[int]) -> None:
         step = message.aborted.step
