@@ -20,7 +20,7 @@ from ckptd.errors import CorruptImage, DeadlineExceeded, InvalidRequest, NotFoun
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
 from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
 from ckptd.memory.fold import Fold
-from ckptd.memory.holding import Holding, node_bytes, node_digests, seal_fault
+from ckptd.memory.holding import Holding, chunk_cells, node_bytes, node_digests, seal_fault
 from ckptd.memory.peer import Peer, Work
 from ckptd.v1 import bulk_pb2, common_pb2
 
@@ -73,11 +73,11 @@ class Protection:
 
     def sealed(self, job: Job, holding: Holding) -> None:
         """The node's image is final: tell the group, and contribute once everybody is."""
+        holding.folded = (
+            holding.folded or not holding.protected_group
+        )  # a group too small for parity has nothing to fold
         job.memory.save(holding)
-        if not holding.protected_group:
-            holding.folded = True
-            job.memory.save(holding)
-        else:
+        if holding.protected_group:
             self._send_seal(job, holding)
             self._contribute(job, holding)
         job.changed()
@@ -151,10 +151,8 @@ class Protection:
 
         def send(connection: Connection) -> None:
             chunk_bytes = holding.chunk_bytes
-            first_of_chunk = chunk * chunk_bytes // CELL_BYTES
-            total = node_bytes(holding.seals[holding.position]) // CELL_BYTES
             # Beyond the image there are zeros, which fold to nothing and need not travel.
-            count = max(0, min(chunk_bytes // CELL_BYTES, total - first_of_chunk))
+            first_of_chunk, count = chunk_cells(holding.seals[holding.position], chunk, chunk_bytes)
             for first in range(0, max(count, 1), BLOCK_CELLS):
                 if not wanted():
                     return  # given up meanwhile; the peer waits for nothing
@@ -339,9 +337,7 @@ class Protection:
             raise InvalidRequest(
                 f"chunks of {contribution.chunk_bytes:,} bytes", f"expected {holding.parity.chunk_bytes:,}"
             )
-        first_of_chunk = contribution.chunk * contribution.chunk_bytes // CELL_BYTES
-        left = (node_bytes(seal) - first_of_chunk * CELL_BYTES) // CELL_BYTES
-        total = max(0, min(contribution.chunk_bytes // CELL_BYTES, left))
+        first_of_chunk, total = chunk_cells(seal, contribution.chunk, contribution.chunk_bytes)
         first = first_of_chunk + contribution.first_cell
         count = frame.payload_bytes // CELL_BYTES
         digests = node_digests(seal)[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]

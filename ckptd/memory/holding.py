@@ -171,6 +171,13 @@ def node_bytes(seal: bulk_pb2.SealRecord) -> int:
     return sum(padded(rank.image_bytes) for rank in seal.ranks)
 
 
+def chunk_cells(seal: bulk_pb2.SealRecord, chunk: int, chunk_bytes: int) -> tuple[int, int]:
+    """(first, count): the cells of a node's image that its chunk holds; beyond them there are zeros."""
+    first = chunk * chunk_bytes // CELL_BYTES
+    left = node_bytes(seal) // CELL_BYTES - first
+    return first, max(0, min(chunk_bytes // CELL_BYTES, left))
+
+
 def node_digests(seal: bulk_pb2.SealRecord) -> bytes:
     """The digests of all cells of a node's image, in order."""
     return b"".join(rank.cell_digests for rank in seal.ranks)
