@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from ckptd.daemon.bridge import Bridge
 from ckptd.daemon.job import Job, rank_seal
+from ckptd.daemon.serving import Serving
 from ckptd.daemon.settings import DaemonSettings
-from ckptd.errors import CorruptImage, DeadlineExceeded, InvalidRequest, NotFound, Unreachable
+from ckptd.errors import CorruptImage, InvalidRequest
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
 from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
 from ckptd.memory.fold import Fold
@@ -25,8 +27,6 @@ from ckptd.memory.peer import Peer, Work
 from ckptd.v1 import bulk_pb2, common_pb2
 
 log = logging.getLogger("ckptd.protection")
-
-T = TypeVar("T")
 
 
 class Protection:
@@ -44,6 +44,8 @@ class Protection:
         self._loop = loop
         self._pool = pool
         self._limit_bytes = settings.limit_bytes()
+        self._bridge = Bridge(settings, jobs, loop)
+        self._serving = Serving(settings, self._bridge)
         self._peers: dict[str, Peer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.corrupt_cells = 0
@@ -236,30 +238,20 @@ class Protection:
         elif body == "contribution":
             self._take_contribution(connection, frame)
         elif body == "fetch":
-            self._serve_fetch(connection, frame)
+            self._serving.fetch(connection, frame)
         else:
             raise InvalidRequest(f"a bulk frame with {body or 'nothing'} is no request")
-
-    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(self._settings.bulk_timeout_s)
-        except TimeoutError as error:
-            future.cancel()
-            raise DeadlineExceeded(f"node {self._settings.node} is too busy") from error
-        except CancelledError as error:
-            raise Unreachable(f"node {self._settings.node} is ending") from error
 
     def _take_seal(self, connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
         try:
             record = bulk_pb2.SealRecord.FromString(connection.receive_text(frame.payload_bytes))
         except DecodeError as error:
             raise InvalidRequest(f"the seal record of {frame.sender} does not parse", str(error)) from error
-        self._on_loop(self._note_seal(frame, record))
+        self._bridge.on_loop(self._note_seal(frame, record))
         connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
 
     async def _note_seal(self, frame: bulk_pb2.BulkHeader, record: bulk_pb2.SealRecord) -> None:
-        job, step = self._job_of(frame), frame.seal.step
+        job, step = self._bridge.job_of(frame), frame.seal.step
         fault = seal_fault(record, job.name, frame.header.generation, step, frame.sender)
         if fault is not None:
             raise InvalidRequest(f"the seal record of {frame.sender} is wrong", fault)
@@ -273,17 +265,6 @@ class Protection:
             job.memory.save(holding)
             self._contribute(job, holding)
         self._check_folded(job, holding)
-
-    def _job_of(self, frame: bulk_pb2.BulkHeader) -> Job:
-        job = self._jobs.get(frame.header.job)
-        if job is None:
-            raise NotFound(f"node {self._settings.node} has no job {frame.header.job}")
-        if frame.header.generation < job.generation:
-            raise job.stale(frame.header.generation)
-        if frame.header.generation > job.generation:
-            # Our directive is still on its way; the peer tries again.
-            raise NotFound(f"node {self._settings.node} is still at generation {job.generation}")
-        return job
 
     def _incoming(self, job: Job, step: int) -> Holding | None:
         """The holding that a peer's bytes of `step` belong to, or None when they are not needed."""
@@ -300,7 +281,7 @@ class Protection:
             raise InvalidRequest("not whole cells", f"{frame.payload_bytes} bytes, at most {BLOCK_BYTES}")
         cells = memoryview(bytearray(frame.payload_bytes))
         connection.receive_into(cells)
-        target = self._on_loop(self._fold_of(frame))
+        target = self._bridge.on_loop(self._fold_of(frame))
         if target is not None:
             holding, fold, node, total, digests = target
             if mismatches(cells, digests):
@@ -314,13 +295,13 @@ class Protection:
                     f"contribution to step {contribution.step} refused", str(error)
                 ) from error
             if complete:
-                self._on_loop(self._note_folded(holding, fold, fold.digests(), frame.header.job))
+                self._bridge.on_loop(self._note_folded(holding, fold, fold.digests(), frame.header.job))
         if contribution.final:
             connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
 
     async def _fold_of(self, frame: bulk_pb2.BulkHeader) -> tuple[Holding, Fold, int, int, bytes] | None:
         """Where a contribution goes, its cells in all, and the digests that those sent now must have."""
-        job, contribution = self._job_of(frame), frame.contribution
+        job, contribution = self._bridge.job_of(frame), frame.contribution
         holding = self._incoming(job, contribution.step)
         if holding is None or holding.folded:
             return None
@@ -369,43 +350,3 @@ class Protection:
         del job.memory.folds[holding.key]
         holding.parity.digests = digests
         self._check_folded(job, holding)
-
-    def _serve_fetch(self, connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
-        fetch = frame.fetch
-        if fetch.seal_record:
-            text = self._on_loop(self._seal_text(frame))
-            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells()), [memoryview(text)])
-            return
-        if not 0 < fetch.cells <= BLOCK_CELLS:
-            raise InvalidRequest(f"{fetch.cells} cells asked for, 1 to {BLOCK_CELLS} at a time")
-        views, digests = self._on_loop(self._symbol(frame))
-        # A slot that is reused meanwhile sends wrong bytes; the digests tell.
-        connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells(digests=digests)), views)
-
-    async def _seal_text(self, frame: bulk_pb2.BulkHeader) -> bytes:
-        fetch = frame.fetch
-        holding = self._job_of(frame).memory.holding_at(fetch.snapshot_generation, fetch.step)
-        if fetch.position not in holding.seals:
-            raise NotFound(f"node {self._settings.node} has no seal record of {fetch.position}")
-        return holding.seals[fetch.position].SerializeToString()
-
-    async def _symbol(self, frame: bulk_pb2.BulkHeader) -> tuple[list[memoryview], bytes]:
-        """Views of the cells asked for; of parity also their digests."""
-        fetch = frame.fetch
-        holding = self._job_of(frame).memory.holding_at(fetch.snapshot_generation, fetch.step)
-        if holding.position != fetch.position:
-            raise NotFound(f"node {self._settings.node} stands for {holding.position}, not {fetch.position}")
-        first, count = fetch.first_cell, fetch.cells
-        if not fetch.parity:
-            if not holding.sealed:
-                raise NotFound(f"the image of step {fetch.step} is not sealed on {self._settings.node}")
-            start = fetch.index * fetch.chunk_bytes // CELL_BYTES + first
-            return holding.data_cells(start, count), b""
-        parity = holding.parity
-        if parity is None or not holding.folded or fetch.index >= len(parity.chunks):
-            raise NotFound(f"the parity of step {fetch.step} is not folded on {self._settings.node}")
-        if parity.chunk_bytes != fetch.chunk_bytes or (first + count) * CELL_BYTES > parity.chunk_bytes:
-            raise InvalidRequest(f"cells {first}..{first + count} of a chunk of {parity.chunk_bytes:,} bytes")
-        view = parity.chunks[fetch.index][first * CELL_BYTES : (first + count) * CELL_BYTES]
-        digests = parity.digests[fetch.index][first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
-        return [view], digests

@@ -1,0 +1,66 @@
+"""What peers fetch from this node when they rebuild a lost image: seal records and cells.
+
+Runs on the threads of the bulk plane; looks things up on the event loop.
+"""
+
+from __future__ import annotations
+
+from ckptd.daemon.bridge import Bridge
+from ckptd.daemon.settings import DaemonSettings
+from ckptd.errors import InvalidRequest, NotFound
+from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES
+from ckptd.memory.bulk import BLOCK_CELLS, Connection
+from ckptd.v1 import bulk_pb2
+
+
+class Serving:
+    """Serves the symbols that this node holds."""
+
+    def __init__(self, settings: DaemonSettings, bridge: Bridge) -> None:
+        self._settings = settings
+        self._bridge = bridge
+
+    def fetch(self, connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
+        """Answers one Fetch frame.
+
+        Raises:
+            CkptdError: sent to the peer as a refusal.
+        """
+        fetch = frame.fetch
+        if fetch.seal_record:
+            text = self._bridge.on_loop(self._seal_text(frame))
+            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells()), [memoryview(text)])
+            return
+        if not 0 < fetch.cells <= BLOCK_CELLS:
+            raise InvalidRequest(f"{fetch.cells} cells asked for, 1 to {BLOCK_CELLS} at a time")
+        views, digests = self._bridge.on_loop(self._symbol(frame))
+        # A slot that is reused meanwhile sends wrong bytes; the digests tell.
+        connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells(digests=digests)), views)
+
+    async def _seal_text(self, frame: bulk_pb2.BulkHeader) -> bytes:
+        fetch = frame.fetch
+        holding = self._bridge.job_of(frame).memory.holding_at(fetch.snapshot_generation, fetch.step)
+        if fetch.position not in holding.seals:
+            raise NotFound(f"node {self._settings.node} has no seal record of {fetch.position}")
+        return holding.seals[fetch.position].SerializeToString()
+
+    async def _symbol(self, frame: bulk_pb2.BulkHeader) -> tuple[list[memoryview], bytes]:
+        """Views of the cells asked for; of parity also their digests."""
+        fetch = frame.fetch
+        holding = self._bridge.job_of(frame).memory.holding_at(fetch.snapshot_generation, fetch.step)
+        if holding.position != fetch.position:
+            raise NotFound(f"node {self._settings.node} stands for {holding.position}, not {fetch.position}")
+        first, count = fetch.first_cell, fetch.cells
+        if not fetch.parity:
+            if not holding.sealed:
+                raise NotFound(f"the image of step {fetch.step} is not sealed on {self._settings.node}")
+            start = fetch.index * fetch.chunk_bytes // CELL_BYTES + first
+            return holding.data_cells(start, count), b""
+        parity = holding.parity
+        if parity is None or not holding.folded or fetch.index >= len(parity.chunks):
+            raise NotFound(f"the parity of step {fetch.step} is not folded on {self._settings.node}")
+        if parity.chunk_bytes != fetch.chunk_bytes or (first + count) * CELL_BYTES > parity.chunk_bytes:
+            raise InvalidRequest(f"cells {first}..{first + count} of a chunk of {parity.chunk_bytes:,} bytes")
+        view = parity.chunks[fetch.index][first * CELL_BYTES : (first + count) * CELL_BYTES]
+        digests = parity.digests[fetch.index][first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+        return [view], digests
