@@ -31,7 +31,7 @@ class JobMemory:
         self.arenas: dict[tuple[str, bytes], Arena] = {}
         self.holdings: dict[Key, Holding] = {}
         self.folds: dict[Key, Fold] = {}
-        # Set, and replaced, whenever slots may have become free.
+        # Set, and replaced, whenever slots may have become free, or a wait for seals or folds may end.
         self.freed = asyncio.Event()
         self._job = job
         self._node = node
@@ -89,6 +89,10 @@ class JobMemory:
         if fold is not None:
             fold.cancel()
         holding.parity = None
+        self.stir()
+
+    def stir(self) -> None:
+        """Wakes everything that waits for this memory to change."""
         self.freed.set()
         self.freed = asyncio.Event()
 

@@ -42,6 +42,8 @@ class DaemonSettings(BaseSettings):
     stop_grace_s: float = Field(default=0.5, ge=0)
     # Niceness of the threads that move and code bulk bytes: protection yields to training.
     bulk_nice: int = Field(default=5, ge=0, le=19)
+    # What protection may send, bytes per second and node; 0: as fast as it goes.
+    bulk_bytes_per_s: int = Field(default=0, ge=0)
     # Listen beyond loopback without TLS; the name says what that is.
     insecure: bool = False
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from ckptd.erasure import matrix
 from ckptd.erasure.buffers import Buffer, spans
 from ckptd.erasure.kernel import Kernel, Product, best_kernel
@@ -85,6 +87,23 @@ class Code:
         if outputs[0].array.size:
             _row_product(self.kernel, self.k, self.m, parity_index).fold(index, sources[0], outputs)
 
+    def begin_one(self, index: int, parity_index: int, chunk: Buffer, parity: Buffer) -> None:
+        """Writes parity buffer `parity_index` as if all data but `chunk` as symbol `index` were zeros.
+
+        What `update_one` makes of a zeroed buffer, without the zeroing and without reading it.
+
+        Raises: ValueError: as `update_one`.
+        """
+        _check_index("data symbol", index, self.k)
+        _check_index("parity symbol", parity_index, self.m)
+        sources, outputs = spans([chunk], [parity], lambda: ["chunk", f"parity[{parity_index}]"])
+        if outputs[0].array.size:
+            coefficient = int(matrix.parity_rows(self.k, self.m)[parity_index, index])
+            if coefficient == 1:
+                np.copyto(outputs[0].array, sources[0].array)  # lets go of the interpreter lock
+            else:
+                _scalar_product(self.kernel, coefficient).write(sources, outputs)
+
     def decode(self, present: Mapping[int, Buffer], missing: Mapping[int, Buffer]) -> None:
         """Writes the missing symbols, data or parity, from any k of the present ones.
 
@@ -118,6 +137,11 @@ def _parity_product(kernel: Kernel, k: int, m: int) -> Product:
 @functools.lru_cache(maxsize=_PATTERNS)
 def _row_product(kernel: Kernel, k: int, m: int, row: int) -> Product:
     return kernel.product(matrix.parity_rows(k, m)[row : row + 1])
+
+
+@functools.lru_cache(maxsize=_PATTERNS)
+def _scalar_product(kernel: Kernel, coefficient: int) -> Product:
+    return kernel.product(np.array([[coefficient]], np.uint8))
 
 
 @functools.lru_cache(maxsize=_PATTERNS)

@@ -29,6 +29,7 @@ BLOCK_BYTES = BLOCK_CELLS * CELL_BYTES
 MAX_HEADER_BYTES = 64 << 10
 MAX_PAYLOAD_BYTES = 256 << 20  # the seal record of a node with 1 TiB of state; cells come in blocks
 _LENGTH = struct.Struct("<I")
+_TIMEVAL = struct.Struct("@ll")  # struct timeval of Linux
 _IOV_MAX = 512  # below the kernel's 1024
 _PARTING_S = 1.0  # how long a refused peer may take to read why
 _CROWDED_S = 0.1  # a pause where the machine has no descriptors or threads left
@@ -54,7 +55,11 @@ class Connection:
             # An idle connection whose peer lost its power ends, too.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s)))
-        sock.settimeout(timeout_s)
+            # The kernel's own timeouts, and not Python's, which cost a poll before every call
+            # and leave no way to wait for a whole block.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout_s))
+        sock.setblocking(True)
+        self._bound_receiving(timeout_s)
 
     @classmethod
     def open(cls, address: str, timeout_s: float) -> Connection:
@@ -89,9 +94,11 @@ class Connection:
         With `idle` the frame may begin at any time, and only then has to come in time.
         """
         with self._errors("receiving"):
-            self._sock.settimeout(None if idle else self._timeout_s)
+            if idle:
+                self._bound_receiving(0)
             first = self._sock.recv(_LENGTH.size)
-            self._sock.settimeout(self._timeout_s)
+            if idle:
+                self._bound_receiving(self._timeout_s)
         if not first:
             return None
         prefix = bytearray(_LENGTH.size)
@@ -127,7 +134,7 @@ class Connection:
             # The socket's own timeout bounds silence; this bounds a peer that sends drop by drop.
             end = time.monotonic() + self._timeout_s
             while view.nbytes:
-                got = self._sock.recv_into(view)
+                got = self._sock.recv_into(view, view.nbytes, socket.MSG_WAITALL)
                 if not got:
                     raise Unreachable("the peer ended the bulk connection in the middle of a frame")
                 view = view[got:]
@@ -175,15 +182,11 @@ class Connection:
     def alive(self) -> bool:
         """Whether the peer still holds its end open; costs no round trip."""
         try:
-            self._sock.settimeout(0)
-            return self._sock.recv(1, socket.MSG_PEEK) != b""
+            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except BlockingIOError:
             return True
         except OSError:
             return False
-        finally:
-            with contextlib.suppress(OSError):  # the owner may close it at this very moment
-                self._sock.settimeout(self._timeout_s)
 
     def part(self) -> None:
         """Ends the connection so that what was sent last arrives.
@@ -194,7 +197,7 @@ class Connection:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
             end = time.monotonic() + _PARTING_S
-            self._sock.settimeout(_PARTING_S)
+            self._bound_receiving(_PARTING_S)
             while time.monotonic() < end and self._sock.recv(BLOCK_BYTES):
                 pass
         self.close()
@@ -204,14 +207,24 @@ class Connection:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
+    def _bound_receiving(self, seconds: float) -> None:
+        """How long one receive may wait; 0: for ever."""
+        with contextlib.suppress(OSError):  # the owner may close it at this very moment
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except TimeoutError as error:
+        except (TimeoutError, BlockingIOError) as error:  # the latter is the kernel's timeout
             raise DeadlineExceeded(f"bulk peer too slow while {doing}") from error
         except OSError as error:
             raise Unreachable(f"bulk connection broke while {doing}", str(error)) from error
+
+
+def _timeval(seconds: float) -> bytes:
+    whole = int(seconds)
+    return _TIMEVAL.pack(whole, int((seconds - whole) * 1e6))
 
 
 Handler = Callable[[Connection, bulk_pb2.BulkHeader], None]

@@ -1,20 +1,41 @@
 """Folding: a node's parity of one step, accumulated from its group's data chunks.
 
-Parity is never changed in place: a fold starts from zeros in a slot of its own,
-takes every cell once, and counts only when all contributions are in and its
-digests are known.  A fold that is cancelled leaves nothing behind.
+Parity is never changed in place: a fold has a slot of its own, where every cell starts
+from zeros or from a copy of the base's cell, takes each contribution once, and is
+digested when its last one is in, while its bytes are still in the processor's cache.
+A fold counts only when it is complete; one that is cancelled leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ckptd.erasure import Code
 from ckptd.erasure.stripe import Geometry
-from ckptd.image.digest import CELL_BYTES, cell_digests
+from ckptd.errors import CorruptImage
+from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
+from ckptd.memory.change import StripeMap
 
-_ZEROS = bytes(CELL_BYTES)
+_TAIL_CELLS = 16  # cells that nobody sends are made in pieces, so that a cancel waits for one piece only
+_ZEROS = bytes(_TAIL_CELLS * CELL_BYTES)
+_ZERO_DIGEST = cell_digests(bytes(CELL_BYTES))
+
+Indices = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The older step's parity that delta cells start from."""
+
+    step: int
+    chunks: Sequence[memoryview]
+    digests: Sequence[bytes]
 
 
 class Fold:
@@ -23,101 +44,216 @@ class Fold:
     Args:
         geometry: of the group.
         node: this node's index in the group.
-        chunks: m writable buffers of `chunk_bytes`; they are zeroed by the first thread that adds.
+        chunks: m writable buffers of `chunk_bytes`; what they hold is not looked at.
+        maps: of the stripe of each chunk.
+        base: where cells that are not raw start from; None where all are raw.
     """
 
-    def __init__(self, geometry: Geometry, node: int, chunks: Sequence[memoryview]) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        node: int,
+        chunks: Sequence[memoryview],
+        maps: Sequence[StripeMap],
+        base: Base | None = None,
+    ) -> None:
+        assert base is not None or all(m.raw.all() for m in maps)
+        self.base = base
         self._geometry = geometry
-        self._code = Code(geometry.data_chunks, geometry.parity)
-        self._chunks = list(chunks)
+        code = Code(geometry.data_chunks, geometry.parity)
         # Parity p lies here for exactly one stripe; several senders feed it.
-        self._index_of = {geometry.parity_stripe(node, p): p for p in range(geometry.parity)}
-        self._locks = [threading.Lock() for _ in chunks]
-        # Invariant: a contribution is in `_done` only when all its cells are folded.
-        self._done: set[tuple[int, int]] = set()
+        self._stripes = [geometry.parity_stripe(node, p) for p in range(geometry.parity)]
+        self._parities = [
+            _Parity(p, code, chunk, stripe_map, base)
+            for p, (chunk, stripe_map) in enumerate(zip(chunks, maps, strict=True))
+        ]
         self._expected = {
             (stripe, geometry.data_source(stripe, symbol)[0])
-            for stripe in self._index_of
+            for stripe in self._stripes
             for symbol in range(geometry.data_chunks)
         }
-        self._next_cell: dict[tuple[int, int], int] = {}
+        # Invariant: a contribution is in `_done` only when all its cells are folded.
+        self._done: set[tuple[int, int]] = set()
+        self._next: dict[tuple[int, int], int] = {}
+        self._lock = threading.Lock()  # of `_done`
         self._cancelled = False
-        # Zeroing a large chunk takes a while, so it is left to the bulk threads.
-        self._zeroed = [False] * len(self._chunks)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether this fold was given up."""
+        return self._cancelled
 
     @property
     def complete(self) -> bool:
         """Whether every contribution has been folded."""
         return self._done == self._expected
 
-    @property
-    def missing(self) -> list[tuple[int, int]]:
-        """(stripe, node) of contributions that are still awaited."""
-        return sorted(self._expected - self._done)
-
-    def add(self, stripe: int, node: int, chunk: int, first_cell: int, cells: memoryview) -> None:
-        """Folds verified cells of `node`'s `chunk`, in order, each exactly once.
+    def map_of(self, stripe: int) -> StripeMap:
+        """Which cells of this stripe travel.
 
         Raises:
-            ValueError: not a contribution that this node awaits, or out of order, or given up.
+            ValueError: its parity does not lie here.
         """
-        key, p = (stripe, node), self._index_of.get(stripe)
-        if p is None or key not in self._expected or self._geometry.stripe_of(node, chunk) != stripe:
-            raise ValueError(f"stripe {stripe} chunk {chunk} of node {node} is not awaited here")
-        count = len(cells) // CELL_BYTES
-        if len(cells) % CELL_BYTES:
-            raise ValueError(f"{len(cells)} bytes are no whole cells")
+        return self._parity_of(stripe).map
+
+    def done(self, stripe: int, node: int) -> bool:
+        """Whether this contribution has been folded."""
+        return (stripe, node) in self._done
+
+    def next_of(self, stripe: int, node: int) -> int:
+        """How many of the cells that `node` sends to this stripe have been folded."""
+        return self._next.get((stripe, node), 0)
+
+    def add(self, stripe: int, node: int, first: int, cells: Indices, payload: memoryview) -> None:
+        """Folds verified cells of `node`, in the order of its list, each exactly once.
+
+        Args:
+            first: position of the first one in the list of cells that this node sends.
+            cells: their ascending indices in the chunk.
+            payload: their bytes; of delta cells old xor new.
+
+        Raises:
+            ValueError: not a contribution that this node awaits, out of order, or given up.
+            CorruptImage: the base's parity is damaged.
+        """
+        key, parity = (stripe, node), self._parity_of(stripe)
+        if key not in self._expected:
+            raise ValueError(f"stripe {stripe} of node {node} is not awaited here")
+        if len(payload) != len(cells) * CELL_BYTES:
+            raise ValueError(f"{len(payload)} bytes are not {len(cells)} cells")
         # A sender that lost its connection sends again while its old frames are still being
         # read here: whose turn it is can only be said under the lock.
-        with self._locks[p]:
-            due = self._next_cell.get(key, 0)
+        with parity.lock:
+            due = self._next.get(key, 0)
             if self._cancelled:
                 raise ValueError("this fold was given up")
-            if first_cell + count <= due:
-                return  # sent again after a broken connection
-            if key in self._done or first_cell > due:
-                raise ValueError(f"cell {first_cell} of {key} comes out of turn, expected {due}")
-            parity = self._chunks[p][due * CELL_BYTES : (first_cell + count) * CELL_BYTES]
-            new = cells[(due - first_cell) * CELL_BYTES :]
-            if len(parity) != len(new):
-                raise ValueError(
-                    f"cells up to {first_cell + count} in a chunk of {len(self._chunks[p])} bytes"
-                )
-            self._zero(p)
-            self._code.update_one(self._geometry.symbol_on(node, stripe), p, new, parity)
-            self._next_cell[key] = first_cell + count
+            if first > due:
+                raise ValueError(f"cell {first} of {key} comes out of turn, expected {due}")
+            again = due - first
+            if again < len(cells):
+                symbol = self._geometry.symbol_on(node, stripe)
+                parity.take(symbol, cells[again:], payload[again * CELL_BYTES :])
+                self._next[key] = first + len(cells)
 
-    def finish(self, stripe: int, node: int, cells: int) -> bool:
-        """Ticks a contribution of `cells` cells off; returns whether the fold is complete now.
+    def finish(self, stripe: int, node: int) -> bool:
+        """Ticks a contribution off; returns whether the fold became complete by this call.
 
         Raises:
-            ValueError: it is not awaited here, or has another number of cells so far.
+            ValueError: it is not awaited here, or not all its cells have come.
         """
-        key = (stripe, node)
-        if key not in self._expected or self._next_cell.get(key, 0) != cells:
-            raise ValueError(f"{key} ends after {self._next_cell.get(key, 0)} cells, expected {cells}")
-        self._done.add(key)
-        return self.complete
+        key, parity = (stripe, node), self._parity_of(stripe)
+        symbol = self._geometry.symbol_on(node, stripe)
+        cells = int(parity.map.sends[symbol].sum()) if key in self._expected else -1
+        if self.next_of(stripe, node) != cells:
+            raise ValueError(f"{key} ends after {self.next_of(stripe, node)} cells, expected {cells}")
+        with self._lock:
+            already = key in self._done
+            self._done.add(key)
+            return self.complete and not already
 
     def digests(self) -> list[bytes]:
-        """Cell digests of each finished chunk; without meaning once the fold was given up."""
-        assert self.complete
-        for p, lock in enumerate(self._locks):
-            with lock:
-                if not self._cancelled:  # else the chunk may be another step's already
-                    self._zero(p)
-        return [cell_digests(chunk) for chunk in self._chunks]
+        """Makes the cells that nobody sends, and returns the cell digests of each chunk.
 
-    def _zero(self, p: int) -> None:
-        if not self._zeroed[p]:
-            chunk = self._chunks[p]
-            for start in range(0, len(chunk), CELL_BYTES):
-                chunk[start : start + CELL_BYTES] = _ZEROS[: len(chunk) - start]
-            self._zeroed[p] = True
+        Raises:
+            CorruptImage: the base's parity is damaged.
+        """
+        assert self.complete
+        return [parity.finish(lambda: self._cancelled) for parity in self._parities]
 
     def cancel(self) -> None:
-        """No cell is folded after this returns, so the slot may be given to another step."""
+        """No cell is written after this returns, so the slot may be given to another step."""
         self._cancelled = True
-        for lock in self._locks:
-            with lock:
+        for parity in self._parities:
+            with parity.lock:
                 pass
+
+    def _parity_of(self, stripe: int) -> _Parity:
+        if stripe not in self._stripes:
+            raise ValueError(f"no parity of stripe {stripe} lies here")
+        return self._parities[self._stripes.index(stripe)]
+
+
+class _Parity:
+    """One parity chunk being made.  Invariant: a cell with no sender left is digested."""
+
+    def __init__(
+        self, index: int, code: Code, chunk: memoryview, stripe_map: StripeMap, base: Base | None
+    ) -> None:
+        self.map = stripe_map
+        self.lock = threading.Lock()
+        self._index = index
+        self._code = code
+        self._chunk = chunk
+        self._base = base
+        self._senders_left = np.stack(stripe_map.sends).sum(axis=0, dtype=np.int16)
+        self._begun = np.zeros(len(stripe_map.raw), np.bool_)
+        self._digests = np.zeros((len(stripe_map.raw), DIGEST_BYTES), np.uint8)
+
+    def take(self, symbol: int, cells: Indices, payload: memoryview) -> None:
+        """Folds cells of one data symbol; the caller holds the lock."""
+        for at, run in _runs(cells, self._begun[cells], self.map.raw[cells]):
+            view = self._chunk[run.start * CELL_BYTES : run.stop * CELL_BYTES]
+            part = payload[at * CELL_BYTES : at * CELL_BYTES + len(view)]
+            if not self._begun[run.start] and self.map.raw[run.start]:
+                self._code.begin_one(symbol, self._index, part, view)
+            else:
+                if not self._begun[run.start]:
+                    self._copy_base(run)
+                self._code.update_one(symbol, self._index, part, view)
+            self._begun[run] = True
+            self._senders_left[run] -= 1
+            if not self._senders_left[run].any():
+                self._digests[run] = _table(cell_digests(view))
+            else:
+                for cell in range(run.start, run.stop):
+                    if not self._senders_left[cell]:
+                        digest = cell_digests(self._chunk[cell * CELL_BYTES : (cell + 1) * CELL_BYTES])
+                        self._digests[cell] = _table(digest)
+
+    def finish(self, cancelled: Callable[[], bool]) -> bytes:
+        """Makes the cells that nobody sends; returns the digests of all."""
+        for _, run in _runs(np.flatnonzero(~self._begun)):
+            for start in range(run.start, run.stop, _TAIL_CELLS):
+                piece = slice(start, min(start + _TAIL_CELLS, run.stop))
+                with self.lock:
+                    if cancelled():  # the slot may be another step's already
+                        break
+                    self._make_unsent(piece)
+        return self._digests.tobytes()
+
+    def _make_unsent(self, run: slice) -> None:
+        if self._base is not None:
+            self._copy_base(run)
+            self._digests[run] = _table(self._base.digests[self._index])[run]
+        else:
+            view = self._chunk[run.start * CELL_BYTES : run.stop * CELL_BYTES]
+            view[:] = _ZEROS[: len(view)]
+            self._digests[run] = np.frombuffer(_ZERO_DIGEST, np.uint8)
+
+    def _copy_base(self, run: slice) -> None:
+        base = self._base
+        assert base is not None
+        span = slice(run.start * CELL_BYTES, run.stop * CELL_BYTES)
+        target = self._chunk[span]
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(base.chunks[self._index][span], np.uint8))
+        digests = base.digests[self._index][run.start * DIGEST_BYTES : run.stop * DIGEST_BYTES]
+        if wrong := mismatches(target, digests):
+            raise CorruptImage(
+                f"parity of step {base.step} is damaged", f"{len(wrong)} cells from cell {run.start} on"
+            )
+
+
+def _runs(cells: Indices, *states: NDArray[np.bool_]) -> Iterator[tuple[int, slice]]:
+    """(position, run): ascending cells cut into runs of neighbours with equal states."""
+    if not len(cells):
+        return
+    breaks = np.diff(cells) != 1
+    for state in states:
+        breaks |= np.diff(state)
+    starts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(cells)]
+    for begin, end in itertools.pairwise(starts):
+        yield begin, slice(int(cells[begin]), int(cells[end - 1]) + 1)
+
+
+def _table(digests: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class BulkHeader(_message.Message):
-    __slots__ = ("header", "protocol", "sender", "payload_bytes", "seal", "contribution", "fetch", "cells", "refused", "accepted")
+    __slots__ = ("header", "protocol", "sender", "payload_bytes", "seal", "contribution", "fetch", "cells", "refused", "accepted", "offer", "terms")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SENDER_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class BulkHeader(_message.Message):
     CELLS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     protocol: int
     sender: str
@@ -29,7 +31,9 @@ class BulkHeader(_message.Message):
     cells: Cells
     refused: Refused
     accepted: Accepted
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., protocol: _Optional[int] = ..., sender: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., cells: _Optional[_Union[Cells, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ...) -> None: ...
+    offer: Offer
+    terms: Terms
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., protocol: _Optional[int] = ..., sender: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., cells: _Optional[_Union[Cells, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
 
 class Seal(_message.Message):
     __slots__ = ("step",)
@@ -65,21 +69,45 @@ class RankSeal(_message.Message):
     cell_digests: bytes
     def __init__(self, rank: _Optional[int] = ..., image_bytes: _Optional[int] = ..., plan_hash: _Optional[bytes] = ..., cell_digests: _Optional[bytes] = ...) -> None: ...
 
-class Contribution(_message.Message):
-    __slots__ = ("step", "stripe", "chunk", "first_cell", "final", "chunk_bytes")
+class Offer(_message.Message):
+    __slots__ = ("step", "stripe", "chunk", "chunk_bytes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STRIPE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
-    FIRST_CELL_FIELD_NUMBER: _ClassVar[int]
-    FINAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     stripe: int
     chunk: int
-    first_cell: int
-    final: bool
     chunk_bytes: int
-    def __init__(self, step: _Optional[int] = ..., stripe: _Optional[int] = ..., chunk: _Optional[int] = ..., first_cell: _Optional[int] = ..., final: _Optional[bool] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., stripe: _Optional[int] = ..., chunk: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class Terms(_message.Message):
+    __slots__ = ("wanted", "has_base", "base_step", "map_digest", "first")
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    HAS_BASE_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEP_FIELD_NUMBER: _ClassVar[int]
+    MAP_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    wanted: bool
+    has_base: bool
+    base_step: int
+    map_digest: bytes
+    first: int
+    def __init__(self, wanted: _Optional[bool] = ..., has_base: _Optional[bool] = ..., base_step: _Optional[int] = ..., map_digest: _Optional[bytes] = ..., first: _Optional[int] = ...) -> None: ...
+
+class Contribution(_message.Message):
+    __slots__ = ("first", "final", "delta", "digests", "given_up")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    final: bool
+    delta: bool
+    digests: bytes
+    given_up: bool
+    def __init__(self, first: _Optional[int] = ..., final: _Optional[bool] = ..., delta: _Optional[bool] = ..., digests: _Optional[bytes] = ..., given_up: _Optional[bool] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ()

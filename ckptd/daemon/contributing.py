@@ -1,0 +1,155 @@
+"""The sending side of protection: one data chunk, offered and sent to one holder of its parity.
+
+Runs on a peer's thread.  What travels follows from the seal records (`ckptd.memory.change`);
+bytes go out as they lie in the arena, but for differences, which are made in scratch memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptd.errors import CorruptImage
+from ckptd.image.digest import CELL_BYTES, cell_digests, mismatches
+from ckptd.memory.bulk import Connection
+from ckptd.memory.change import StripeMap, can_be_base, digest_table, stripe_map
+from ckptd.memory.holding import Holding, chunk_cells
+from ckptd.memory.pace import Pace
+from ckptd.v1 import bulk_pb2, common_pb2
+
+# Cells of one frame, 4 MiB: a frame costs nothing beside its bytes, and giving up is soon.
+FRAME_CELLS = 64
+# As long as a training job lives, differences are rare enough for small pieces.
+_DELTA_CELLS = 16
+
+Indices = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of this node's image of one step, on its way to one peer.
+
+    Args:
+        base_at: this node's holding of an older step of the same generation, or None.
+        wanted: whether anybody still waits for it.
+    """
+
+    header: common_pb2.Header
+    sender: str
+    holding: Holding
+    stripe: int
+    chunk: int
+    base_at: Callable[[int], Holding | None]
+    wanted: Callable[[], bool]
+    pace: Pace
+
+    def send(self, connection: Connection) -> None:
+        """Offers the chunk, sends what the peer's terms ask for, and waits until it is folded.
+
+        Raises:
+            CorruptImage: this node's own bytes are damaged, or the terms cannot be met; the peer
+                was told that this contribution is given up.
+            Refusal, Unreachable, DeadlineExceeded: it did not get there.
+        """
+        offer = bulk_pb2.Offer(
+            step=self.holding.step, stripe=self.stripe, chunk=self.chunk, chunk_bytes=self.holding.chunk_bytes
+        )
+        terms = connection.request(self._frame(offer=offer)).terms
+        if not terms.wanted:
+            return
+        try:
+            for contribution, payload in self._frames(terms):
+                if not self.wanted():
+                    connection.send(self._frame(contribution=bulk_pb2.Contribution(given_up=True)))
+                    return
+                self.pace.take(sum(view.nbytes for view in payload))
+                connection.send(self._frame(contribution=contribution), payload)
+        except CorruptImage:
+            connection.send(self._frame(contribution=bulk_pb2.Contribution(given_up=True)))
+            raise
+        connection.answer()
+
+    def _frame(self, **body: object) -> bulk_pb2.BulkHeader:
+        return bulk_pb2.BulkHeader(header=self.header, sender=self.sender, **body)  # type: ignore[arg-type]
+
+    def _frames(self, terms: bulk_pb2.Terms) -> Iterator[tuple[bulk_pb2.Contribution, list[memoryview]]]:
+        base = self.base_at(terms.base_step) if terms.has_base else None
+        cells, of_map = self._cells(terms, base)
+        raw = of_map.raw[cells]
+        at = terms.first
+        if at >= len(cells):
+            yield bulk_pb2.Contribution(first=at, final=True), []
+        while at < len(cells):
+            limit = FRAME_CELLS if raw[at] else _DELTA_CELLS
+            same = raw[at : at + limit] == raw[at]
+            end = at + (len(same) if same.all() else int(np.argmin(same)))
+            views, digests = self._as_they_lie(cells[at:end]), b""
+            if not raw[at]:
+                assert base is not None
+                views, digests = self._differences(base, cells[at:end])
+            yield (
+                bulk_pb2.Contribution(first=at, final=end == len(cells), delta=not raw[at], digests=digests),
+                views,
+            )
+            at = end
+
+    def _cells(self, terms: bulk_pb2.Terms, base: Holding | None) -> tuple[Indices, StripeMap]:
+        """The cells that travel, and the map of their stripe, if both ends derive the same one."""
+        holding = self.holding
+        if terms.has_base and (base is None or not can_be_base(holding, base)):
+            raise CorruptImage(
+                f"step {terms.base_step} is no base for step {holding.step}",
+                f"{self.sender} does not hold it",
+            )
+        of_map = stripe_map(
+            holding.geometry,
+            holding.group,
+            self.stripe,
+            holding.seals,
+            base.seals if base is not None else None,
+            holding.chunk_bytes,
+        )
+        if of_map.digest != terms.map_digest:
+            raise CorruptImage(
+                f"the cells of stripe {self.stripe} of step {holding.step} are not agreed upon",
+                f"{self.sender} and the holder of the parity have different seal records",
+            )
+        symbol = holding.geometry.symbol_on(holding.index, self.stripe)
+        return np.flatnonzero(of_map.sends[symbol]), of_map
+
+    def _first_cell(self) -> int:
+        holding = self.holding
+        return chunk_cells(holding.seals[holding.position], self.chunk, holding.chunk_bytes)[0]
+
+    def _as_they_lie(self, cells: Indices) -> list[memoryview]:
+        first = self._first_cell()
+        edges = [0, *(np.flatnonzero(np.diff(cells) != 1) + 1).tolist(), len(cells)]
+        views: list[memoryview] = []
+        for begin, end in itertools.pairwise(edges):
+            views += self.holding.data_cells(first + int(cells[begin]), end - begin)
+        return views
+
+    def _differences(self, base: Holding, cells: Indices) -> tuple[list[memoryview], bytes]:
+        """old xor new of these cells, and the digests of that; both sides are verified on the way."""
+        first = self._first_cell()
+        out = np.empty((len(cells), CELL_BYTES), np.uint8)
+        for holding in (self.holding, base):
+            table = digest_table(holding.seals[holding.position])
+            for row, cell in enumerate(cells):
+                (view,) = holding.data_cells(first + int(cell), 1)
+                if mismatches(view, table[first + int(cell)].tobytes()):
+                    raise CorruptImage(
+                        f"a cell of step {holding.step} is damaged on {self.sender}",
+                        f"cell {first + int(cell)}",
+                    )
+                new = np.frombuffer(view, np.uint8)
+                if holding is base:
+                    out[row] ^= new
+                else:
+                    out[row] = new
+        flat = out.reshape(-1).data
+        return [flat], cell_digests(flat)
