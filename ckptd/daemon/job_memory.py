@@ -31,6 +31,8 @@ class JobMemory:
         self.arenas: dict[tuple[str, bytes], Arena] = {}
         self.holdings: dict[Key, Holding] = {}
         self.folds: dict[Key, Fold] = {}
+        # Parity slots of folds that were given up while bytes came in.
+        self._ending: list[tuple[int, Fold]] = []
         # Set, and replaced, whenever slots may have become free, or a wait for seals or folds may end.
         self.freed = asyncio.Event()
         self._job = job
@@ -85,9 +87,7 @@ class JobMemory:
         if holding is None:
             return
         records.holding_path(self.directory, *key).unlink(missing_ok=True)
-        fold = self.folds.pop(key, None)
-        if fold is not None:
-            fold.cancel()
+        self._cancel(holding)
         holding.parity = None
         self.stir()
 
@@ -103,9 +103,8 @@ class JobMemory:
 
     def void(self, generation: int, start_step: int) -> None:
         """A new generation begins at `start_step`: what older ones did beyond it never was."""
-        for fold in self.folds.values():
-            fold.cancel()
-        self.folds.clear()
+        for holding in self.holdings.values():
+            self._cancel(holding)
         for key, holding in list(self.holdings.items()):
             beyond = holding.generation < generation and holding.step > start_step
             if beyond or not (holding.rank_seals or holding.folded):
@@ -151,8 +150,17 @@ class JobMemory:
             arena.discard()
         self.arenas.clear()
 
+    def _cancel(self, holding: Holding) -> None:
+        """Gives up the fold of this holding, if one is under way."""
+        fold = self.folds.pop(holding.key, None)
+        if fold is not None and holding.parity is not None:
+            fold.cancel()
+            self._ending.append((holding.parity.slot, fold))
+
     def _free_parity_slots(self, slots: int) -> list[int]:
+        self._ending = [(slot, fold) for slot, fold in self._ending if fold.busy]
         used = {h.parity.slot for h in self.holdings.values() if h.parity is not None}
+        used |= {slot for slot, _ in self._ending}
         return [slot for slot in range(slots) if slot not in used]
 
     def _evict_parity(self, generation: int, start: Key) -> bool:

@@ -31,6 +31,10 @@ log = logging.getLogger("ckptd.protection")
 _scratch = threading.local()
 
 
+class _Damaged(CorruptImage):
+    """What came is not what was sealed."""
+
+
 @dataclass
 class _Ticket:
     """One peer's chunk that is being received."""
@@ -94,19 +98,25 @@ class Receiving:
             connection.send(bulk_pb2.BulkHeader(terms=bulk_pb2.Terms(wanted=False)))
             return
         connection.send(bulk_pb2.BulkHeader(terms=ticket.terms))
-        while True:
-            answer = connection.receive()
-            if answer is None:
-                return
-            if answer.WhichOneof("body") != "contribution":
-                raise ProtocolMismatch("a contribution was expected", f"{answer.WhichOneof('body')} came")
-            if answer.contribution.given_up:
-                return
-            self._take_frame(connection, ticket, answer)
-            if answer.contribution.final:
-                break
-        self._finish(ticket)
-        connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
+        try:
+            if self._take_frames(connection, ticket):
+                self._finish(ticket)
+                connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
+        finally:
+            if ticket.fold.cancelled:  # its slot may be waited for
+                self._bridge.on_loop(self._stir(ticket.job))
+
+    def _take_frames(self, connection: Connection, ticket: _Ticket) -> bool:
+        """Folds what comes; False where the peer gives up."""
+        while (frame := connection.receive()) is not None:
+            if frame.WhichOneof("body") != "contribution":
+                raise ProtocolMismatch("a contribution was expected", f"{frame.WhichOneof('body')} came")
+            if frame.contribution.given_up:
+                return False
+            self._take_frame(connection, ticket, frame)
+            if frame.contribution.final:
+                return True
+        return False
 
     def _take_frame(self, connection: Connection, ticket: _Ticket, frame: bulk_pb2.BulkHeader) -> None:
         contribution, count = frame.contribution, frame.payload_bytes // CELL_BYTES
@@ -122,28 +132,36 @@ class Receiving:
         digests = contribution.digests if contribution.delta else ticket.digests[cells].tobytes()
         if len(digests) != count * DIGEST_BYTES:
             raise InvalidRequest(f"{len(digests)} bytes of digests", f"expected {count * DIGEST_BYTES}")
-        scratch = _block()
         for at in range(0, count, BLOCK_CELLS):
             some = cells[at : at + BLOCK_CELLS]
-            payload = scratch[: len(some) * CELL_BYTES]
-            connection.receive_into(payload)
-            if ticket.fold.cancelled:
-                continue  # the peer will hear of it; what it has begun to send has to be taken
             expected = digests[at * DIGEST_BYTES : (at + len(some)) * DIGEST_BYTES]
-            if wrong := mismatches(payload, expected):
-                self.corrupt_cells += len(wrong)
-                raise CorruptImage(f"cells of step {ticket.holding.step} changed on their way")
-            self._fold_in(ticket, first + at, some, payload)
+            if ticket.fold.cancelled:
+                # The peer will hear of it; what it has begun to send has to be taken.
+                connection.receive_into(_block()[: len(some) * CELL_BYTES])
+            else:
+                self._take_block(connection, ticket, first + at, some, expected)
 
-    def _fold_in(self, ticket: _Ticket, first: int, cells: NDArray[np.intp], payload: memoryview) -> None:
+    def _take_block(
+        self, connection: Connection, ticket: _Ticket, first: int, cells: NDArray[np.intp], digests: bytes
+    ) -> None:
+        received = False
         try:
-            ticket.fold.add(ticket.stripe, ticket.node, first, cells, payload)
+            with ticket.fold.taking(ticket.stripe, ticket.node, first, cells, digests, _block()) as payload:
+                connection.receive_into(payload)
+                received = True
+                if wrong := mismatches(payload, digests):
+                    self.corrupt_cells += len(wrong)
+                    raise _Damaged(f"cells of step {ticket.holding.step} changed on their way")
         except ValueError as error:
             if not ticket.fold.cancelled:
                 raise InvalidRequest(
                     f"contribution to step {ticket.holding.step} refused", str(error)
                 ) from error
-        except CorruptImage as error:
+            if not received:
+                connection.receive_into(_block()[: len(cells) * CELL_BYTES])
+        except _Damaged:
+            raise
+        except CorruptImage as error:  # our own base
             self._bridge.on_loop(self._give_up(ticket, error))
 
     def _finish(self, ticket: _Ticket) -> None:
@@ -293,6 +311,9 @@ class Receiving:
         del job.memory.folds[holding.key]
         holding.parity.digests = digests
         self._folded(job, holding)
+        job.memory.stir()
+
+    async def _stir(self, job: Job) -> None:
         job.memory.stir()
 
     async def _give_up(self, ticket: _Ticket, error: CkptdError) -> None:

@@ -98,11 +98,15 @@ class Code:
         _check_index("parity symbol", parity_index, self.m)
         sources, outputs = spans([chunk], [parity], lambda: ["chunk", f"parity[{parity_index}]"])
         if outputs[0].array.size:
-            coefficient = int(matrix.parity_rows(self.k, self.m)[parity_index, index])
-            if coefficient == 1:
+            scalar = _scalar_product(self.kernel, self.k, self.m, parity_index, index)
+            if scalar is None:
                 np.copyto(outputs[0].array, sources[0].array)  # lets go of the interpreter lock
             else:
-                _scalar_product(self.kernel, coefficient).write(sources, outputs)
+                scalar.write(sources, outputs)
+
+    def is_one(self, index: int, parity_index: int) -> bool:
+        """Whether the code's coefficient is 1 there: alone, the symbol's bytes are the parity's."""
+        return _scalar_product(self.kernel, self.k, self.m, parity_index, index) is None
 
     def decode(self, present: Mapping[int, Buffer], missing: Mapping[int, Buffer]) -> None:
         """Writes the missing symbols, data or parity, from any k of the present ones.
@@ -140,8 +144,10 @@ def _row_product(kernel: Kernel, k: int, m: int, row: int) -> Product:
 
 
 @functools.lru_cache(maxsize=_PATTERNS)
-def _scalar_product(kernel: Kernel, coefficient: int) -> Product:
-    return kernel.product(np.array([[coefficient]], np.uint8))
+def _scalar_product(kernel: Kernel, k: int, m: int, row: int, column: int) -> Product | None:
+    """Multiplication by one coefficient of the code; None where that is 1."""
+    coefficient = matrix.parity_rows(k, m)[row : row + 1, column : column + 1]
+    return None if coefficient[0, 0] == 1 else kernel.product(coefficient)
 
 
 @functools.lru_cache(maxsize=_PATTERNS)

@@ -3,11 +3,14 @@
 Parity is never changed in place: a fold has a slot of its own, where every cell starts
 from zeros or from a copy of the base's cell, takes each contribution once, and is
 digested when its last one is in, while its bytes are still in the processor's cache.
+Where a cell starts from zeros and the code's coefficient is 1, the first contribution is
+received where the parity lies: nothing is copied.
 A fold counts only when it is complete; one that is cancelled leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -104,13 +107,19 @@ class Fold:
         """How many of the cells that `node` sends to this stripe have been folded."""
         return self._next.get((stripe, node), 0)
 
-    def add(self, stripe: int, node: int, first: int, cells: Indices, payload: memoryview) -> None:
-        """Folds verified cells of `node`, in the order of its list, each exactly once.
+    @contextlib.contextmanager
+    def taking(
+        self, stripe: int, node: int, first: int, cells: Indices, digests: bytes, scratch: memoryview
+    ) -> Iterator[memoryview]:
+        """Where to receive cells of `node`; on leaving without an error they are folded, each exactly once.
+
+        The caller fills the buffer and verifies it before it leaves; with an error, nothing counts.
 
         Args:
             first: position of the first one in the list of cells that this node sends.
             cells: their ascending indices in the chunk.
-            payload: their bytes; of delta cells old xor new.
+            digests: of the cells as they travel, 16 bytes each.
+            scratch: room for them, where they cannot be received in place.
 
         Raises:
             ValueError: not a contribution that this node awaits, out of order, or given up.
@@ -119,21 +128,49 @@ class Fold:
         key, parity = (stripe, node), self._parity_of(stripe)
         if key not in self._expected:
             raise ValueError(f"stripe {stripe} of node {node} is not awaited here")
-        if len(payload) != len(cells) * CELL_BYTES:
-            raise ValueError(f"{len(payload)} bytes are not {len(cells)} cells")
+        symbol = self._geometry.symbol_on(node, stripe)
+        with parity.lock:
+            place = parity.reserve(symbol, cells) if self._turn(key, first) == first else None
+        if place is None:
+            payload = scratch[: len(cells) * CELL_BYTES]
+            yield payload
+            self._add(key, first, cells, payload)
+            return
+        landed = False
+        try:
+            yield parity.view(place)
+            landed = True
+        finally:
+            with parity.lock:
+                # Whoever comes second with the same cells has waited for this one.
+                parity.land(place, digests if landed and not self._cancelled else None)
+                if landed and not self._cancelled:
+                    self._next[key] = first + len(cells)
+
+    def _add(self, key: tuple[int, int], first: int, cells: Indices, payload: memoryview) -> None:
+        stripe, node = key
+        parity = self._parity_of(stripe)
         # A sender that lost its connection sends again while its old frames are still being
         # read here: whose turn it is can only be said under the lock.
         with parity.lock:
-            due = self._next.get(key, 0)
-            if self._cancelled:
-                raise ValueError("this fold was given up")
-            if first > due:
-                raise ValueError(f"cell {first} of {key} comes out of turn, expected {due}")
-            again = due - first
+            again = self._turn(key, first) - first
+            if again < len(cells):
+                parity.await_landing(cells[again:])
+                # Meanwhile another thread may have brought the same.
+                again = self._turn(key, first) - first
             if again < len(cells):
                 symbol = self._geometry.symbol_on(node, stripe)
                 parity.take(symbol, cells[again:], payload[again * CELL_BYTES :])
                 self._next[key] = first + len(cells)
+
+    def _turn(self, key: tuple[int, int], first: int) -> int:
+        """The position that is due; under the lock."""
+        due = self._next.get(key, 0)
+        if self._cancelled:
+            raise ValueError("this fold was given up")
+        if first > due:
+            raise ValueError(f"cell {first} of {key} comes out of turn, expected {due}")
+        return due
 
     def finish(self, stripe: int, node: int) -> bool:
         """Ticks a contribution off; returns whether the fold became complete by this call.
@@ -161,11 +198,16 @@ class Fold:
         return [parity.finish(lambda: self._cancelled) for parity in self._parities]
 
     def cancel(self) -> None:
-        """No cell is written after this returns, so the slot may be given to another step."""
+        """Nothing is begun any more; the slot may be given to another step once the fold is not `busy`."""
         self._cancelled = True
         for parity in self._parities:
             with parity.lock:
-                pass
+                parity.lock.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        """Whether bytes are being received where the parity lies."""
+        return any(parity.landing for parity in self._parities)
 
     def _parity_of(self, stripe: int) -> _Parity:
         if stripe not in self._stripes:
@@ -180,7 +222,9 @@ class _Parity:
         self, index: int, code: Code, chunk: memoryview, stripe_map: StripeMap, base: Base | None
     ) -> None:
         self.map = stripe_map
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
+        # Runs of cells that are being received in place.  Invariant: none of them is begun.
+        self.landing: list[slice] = []
         self._index = index
         self._code = code
         self._chunk = chunk
@@ -189,10 +233,45 @@ class _Parity:
         self._begun = np.zeros(len(stripe_map.raw), np.bool_)
         self._digests = np.zeros((len(stripe_map.raw), DIGEST_BYTES), np.uint8)
 
+    # The caller of these holds the lock.
+
+    def view(self, run: slice) -> memoryview:
+        """The bytes of these cells."""
+        return self._chunk[run.start * CELL_BYTES : run.stop * CELL_BYTES]
+
+    def reserve(self, symbol: int, cells: Indices) -> slice | None:
+        """A run that may be received in place, as nothing is there yet and nothing has to be computed."""
+        if not len(cells) or not self._code.is_one(symbol, self._index):
+            return None
+        run = slice(int(cells[0]), int(cells[-1]) + 1)
+        fresh = run.stop - run.start == len(cells) and not self._begun[run].any() and self.map.raw[run].all()
+        if not fresh or self._lands(run):
+            return None
+        self.landing.append(run)
+        return run
+
+    def land(self, run: slice, digests: bytes | None) -> None:
+        """Ends a reservation: the run holds a whole contribution now, or, without digests, nothing."""
+        self.landing.remove(run)
+        if digests is not None:
+            self._begun[run] = True
+            self._senders_left[run] -= 1
+            # What only one node sends is final, and has the digests of what came.
+            self._digests[run] = _table(digests)
+        self.lock.notify_all()
+
+    def await_landing(self, cells: Indices) -> None:
+        """Waits while others receive these cells in place; they end, or their deadline ends them."""
+        run = slice(int(cells[0]), int(cells[-1]) + 1)
+        self.lock.wait_for(lambda: not self._lands(run))
+
+    def _lands(self, run: slice) -> bool:
+        return any(other.start < run.stop and run.start < other.stop for other in self.landing)
+
     def take(self, symbol: int, cells: Indices, payload: memoryview) -> None:
-        """Folds cells of one data symbol; the caller holds the lock."""
+        """Folds cells of one data symbol."""
         for at, run in _runs(cells, self._begun[cells], self.map.raw[cells]):
-            view = self._chunk[run.start * CELL_BYTES : run.stop * CELL_BYTES]
+            view = self.view(run)
             part = payload[at * CELL_BYTES : at * CELL_BYTES + len(view)]
             if not self._begun[run.start] and self.map.raw[run.start]:
                 self._code.begin_one(symbol, self._index, part, view)
@@ -202,13 +281,15 @@ class _Parity:
                 self._code.update_one(symbol, self._index, part, view)
             self._begun[run] = True
             self._senders_left[run] -= 1
-            if not self._senders_left[run].any():
-                self._digests[run] = _table(cell_digests(view))
-            else:
-                for cell in range(run.start, run.stop):
-                    if not self._senders_left[cell]:
-                        digest = cell_digests(self._chunk[cell * CELL_BYTES : (cell + 1) * CELL_BYTES])
-                        self._digests[cell] = _table(digest)
+            self._digest_last(run)
+
+    def _digest_last(self, run: slice) -> None:
+        """Digests the cells of `run` that no sender is left for."""
+        if not self._senders_left[run].any():
+            self._digests[run] = _table(cell_digests(self.view(run)))
+            return
+        for cell in np.flatnonzero(self._senders_left[run] == 0) + run.start:
+            self._digests[cell] = _table(cell_digests(self.view(slice(cell, cell + 1))))
 
     def finish(self, cancelled: Callable[[], bool]) -> bytes:
         """Makes the cells that nobody sends; returns the digests of all."""
@@ -226,7 +307,7 @@ class _Parity:
             self._copy_base(run)
             self._digests[run] = _table(self._base.digests[self._index])[run]
         else:
-            view = self._chunk[run.start * CELL_BYTES : run.stop * CELL_BYTES]
+            view = self.view(run)
             view[:] = _ZEROS[: len(view)]
             self._digests[run] = np.frombuffer(_ZERO_DIGEST, np.uint8)
 
@@ -234,7 +315,7 @@ class _Parity:
         base = self._base
         assert base is not None
         span = slice(run.start * CELL_BYTES, run.stop * CELL_BYTES)
-        target = self._chunk[span]
+        target = self.view(run)
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(base.chunks[self._index][span], np.uint8))
         digests = base.digests[self._index][run.start * DIGEST_BYTES : run.stop * DIGEST_BYTES]
         if wrong := mismatches(target, digests):
@@ -246,6 +327,10 @@ class _Parity:
 def _runs(cells: Indices, *states: NDArray[np.bool_]) -> Iterator[tuple[int, slice]]:
     """(position, run): ascending cells cut into runs of neighbours with equal states."""
     if not len(cells):
+        return
+    whole = int(cells[-1]) - int(cells[0]) + 1 == len(cells)
+    if whole and all(state.all() or not state.any() for state in states):  # nearly always
+        yield 0, slice(int(cells[0]), int(cells[-1]) + 1)
         return
     breaks = np.diff(cells) != 1
     for state in states:
