@@ -24,7 +24,7 @@ from ckptd.v1 import bulk_pb2, common_pb2
 
 log = logging.getLogger("ckptd.bulk")
 
-BLOCK_CELLS = 16  # 1 MiB: large enough for full speed, small enough to yield
+BLOCK_CELLS = 32  # 2 MiB: large enough for full speed, small enough to yield
 BLOCK_BYTES = BLOCK_CELLS * CELL_BYTES
 MAX_HEADER_BYTES = 64 << 10
 MAX_PAYLOAD_BYTES = 256 << 20  # the seal record of a node with 1 TiB of state; cells come in blocks
