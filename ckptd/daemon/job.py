@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ckptd.daemon.frames import FrameLink
 from ckptd.daemon.job_memory import JobMemory
-from ckptd.erasure.groups import cut
+from ckptd.erasure.groups import cut, protected
+from ckptd.erasure.stripe import Geometry
 from ckptd.errors import InvalidRequest, StaleGeneration
 from ckptd.memory import budget, records
 from ckptd.memory.arena import Arena, padded
@@ -199,6 +200,26 @@ class Job:
         """Whether this rank's arena exists, so that it can take a step."""
         return self.memory.rank_arena(trainer.rank, trainer.plan_hash) is not None
 
+    async def prepare(
+        self, trainer: Trainer, plan: local_pb2.Plan, limit_bytes: int, held: dict[str, int]
+    ) -> None:
+        """Makes the arenas that a plan needs, parity's included, before the first step needs them.
+
+        Raises:
+            NoSpace: they do not fit; nothing was changed.
+            InvalidRequest: not a plan.
+        """
+        check_plan(plan)
+        if self.memory.rank_arena(trainer.rank, plan.plan_hash) is None:
+            self.check_budget(plan.image_bytes, limit_bytes, held)
+            await self.memory.prepare_rank_arena(trainer.rank, plan.plan_hash, self.slots, plan.image_bytes)
+        group, parity = self.group, self.roster.parity
+        if self.member is not None and protected(group, parity):
+            # The ranks of a job are nearly always of one size; the fold grows what is too small.
+            node_bytes = padded(plan.image_bytes) * len(self.member.ranks)
+            chunk_bytes = Geometry(len(group), parity).chunk_bytes(node_bytes)
+            await self.memory.prepare_parity(self.slots, chunk_bytes * parity)
+
     def place_plan(
         self, trainer: Trainer, plan: local_pb2.Plan, limit_bytes: int, held: dict[str, int]
     ) -> Arena:
@@ -208,10 +229,7 @@ class Job:
             NoSpace: it does not fit; nothing was changed.
             InvalidRequest: not a plan.
         """
-        if not plan.image_bytes or len(plan.plan_hash) != 16:
-            raise InvalidRequest(
-                "not a plan", f"{plan.image_bytes} bytes, a hash of {len(plan.plan_hash)} bytes"
-            )
+        check_plan(plan)
         arena = self.memory.rank_arena(trainer.rank, plan.plan_hash)
         if arena is None:
             self.check_budget(plan.image_bytes, limit_bytes, held)
@@ -435,6 +453,12 @@ def rank_seal(rank: int, place: Place, digests: bytes) -> bulk_pb2.RankSeal:
     return bulk_pb2.RankSeal(
         rank=rank, image_bytes=place.image_bytes, plan_hash=place.arena.plan_hash, cell_digests=digests
     )
+
+
+def check_plan(plan: local_pb2.Plan) -> None:
+    """Raises InvalidRequest unless `plan` has a size and a hash."""
+    if not plan.image_bytes or len(plan.plan_hash) != 16:
+        raise InvalidRequest("not a plan", f"{plan.image_bytes} bytes, a hash of {len(plan.plan_hash)} bytes")
 
 
 def held_by(jobs: Iterable[Job]) -> dict[str, int]:

@@ -31,6 +31,9 @@ class JobMemory:
         self.arenas: dict[tuple[str, bytes], Arena] = {}
         self.holdings: dict[Key, Holding] = {}
         self.folds: dict[Key, Fold] = {}
+        # Arenas that are being made beside the loop.
+        self._preparing: set[tuple[str, bytes]] = set()
+        self._gone = False
         # Parity slots of folds that were given up while bytes came in.
         self._ending: list[tuple[int, Fold]] = []
         # Set, and replaced, whenever slots may have become free, or a wait for seals or folds may end.
@@ -57,6 +60,42 @@ class JobMemory:
         arena = Arena.create(self.directory, label, plan_hash, slots, image_bytes)
         self.arenas[label, plan_hash] = arena
         return arena
+
+    async def prepare_rank_arena(self, rank: int, plan_hash: bytes, slots: int, image_bytes: int) -> None:
+        """Makes a rank's arena where there is none, beside the loop: taking its pages takes a while.
+
+        Raises:
+            NoSpace: the tmpfs is full.
+            NotFound: the job was freed meanwhile.
+        """
+        await self._prepare(rank_label(rank), plan_hash, slots, image_bytes)
+
+    async def prepare_parity(self, slots: int, nbytes: int) -> None:
+        """Makes the arenas for the parity of `slots` steps, `nbytes` each, where there are none.
+
+        Raises:
+            NoSpace: the tmpfs is full.
+            NotFound: the job was freed meanwhile.
+        """
+        for slot in self._free_parity_slots(slots):
+            await self._prepare(parity_label(slot), NO_PLAN, 1, max(nbytes, CELL_BYTES))
+
+    async def _prepare(self, label: str, plan_hash: bytes, slots: int, nbytes: int) -> None:
+        key = (label, plan_hash)
+        while key in self._preparing:
+            await self.freed.wait()
+        if key in self.arenas:
+            return
+        self._preparing.add(key)
+        try:
+            arena = await asyncio.to_thread(Arena.create, self.directory, label, plan_hash, slots, nbytes)
+        finally:
+            self._preparing.discard(key)
+            self.stir()
+        if self._gone:
+            arena.discard()
+            raise NotFound(f"the memory of job {self._job} was freed", "", "attach again")
+        self.arenas[key] = arena
 
     def free_slots(self, arena: Arena, taken: Iterable[int] = ()) -> list[int]:
         """Slots of `arena` that hold nothing and are not `taken`, ascending."""
@@ -144,6 +183,7 @@ class JobMemory:
 
     def discard(self) -> None:
         """Frees everything; records first, so that nothing half-freed is adopted."""
+        self._gone = True
         for key in list(self.holdings):
             self.release(key)
         for arena in self.arenas.values():
@@ -182,7 +222,7 @@ class JobMemory:
         return True
 
     def _parity_arena(self, slot: int, nbytes: int) -> Arena:
-        key = (f"parity-{slot:05d}", NO_PLAN)
+        key = (parity_label(slot), NO_PLAN)
         arena = self.arenas.get(key)
         if arena is None or arena.slot_bytes < nbytes:
             if arena is not None:
@@ -190,6 +230,11 @@ class JobMemory:
             arena = Arena.create(self.directory, key[0], NO_PLAN, 1, max(nbytes, CELL_BYTES))
             self.arenas[key] = arena
         return arena
+
+
+def parity_label(slot: int) -> str:
+    """How the arena of a parity slot is labelled."""
+    return f"parity-{slot:05d}"
 
 
 def rank_label(rank: int) -> str:

@@ -179,7 +179,7 @@ class _Session:
             return
         self._job.refuse_stale(self._trainer.generation)
         if body == "plan":
-            self._plan(message.plan)
+            await self._plan(message.plan)
         elif body == "captured":
             self._captured(message.captured)
         elif body == "aborted":
@@ -204,8 +204,10 @@ class _Session:
         else:
             raise InvalidRequest(f"a frame with {body or 'nothing'} makes no sense here")
 
-    def _plan(self, plan: local_pb2.Plan) -> None:
+    async def _plan(self, plan: local_pb2.Plan) -> None:
         job, node = self._job, self._node
+        await job.prepare(self._trainer, plan, node.limit_bytes(), node.held())
+        job.refuse_stale(self._trainer.generation)
         arena = job.place_plan(self._trainer, plan, node.limit_bytes(), node.held())
         ready = local_pb2.ArenaReady(plan_hash=plan.plan_hash, slots=arena.slots, slot_bytes=arena.slot_bytes)
         self._link.send(local_pb2.DaemonMessage(arena_ready=ready), arena.fd)

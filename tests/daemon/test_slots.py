@@ -380,6 +380,8 @@ def test_no_slot_that_may_still_be_needed_is_granted(data: st.DataObject, slots:
                 if sealed and max(sealed) > (watermark if watermark is not None else -1):
                     watermark = max(sealed)
                     lone.schedule([s for s in due if s > watermark], watermark)
+                    # These were free by the rule, and stay so in a later generation.
+                    given_up |= {at for at in content.values() if at[0] == generation and at[1] < watermark}
             elif event == "abort":
                 step = data.draw(st.integers(1, newest + 2))
                 lone.job.abort(step)
