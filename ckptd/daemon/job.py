@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptd.daemon.frames import FrameLink
+from ckptd.daemon.job_facts import record_of, report_of
 from ckptd.daemon.job_memory import JobMemory
 from ckptd.erasure.groups import cut, protected
 from ckptd.erasure.stripe import Geometry
@@ -20,7 +21,7 @@ from ckptd.errors import InvalidRequest, StaleGeneration
 from ckptd.memory import budget, records
 from ckptd.memory.arena import Arena, padded
 from ckptd.memory.holding import Holding, Parity, Place
-from ckptd.v1 import bulk_pb2, common_pb2, coordinator_pb2, local_pb2, memory_pb2
+from ckptd.v1 import bulk_pb2, common_pb2, coordinator_pb2, local_pb2
 
 log = logging.getLogger("ckptd.job")
 
@@ -73,6 +74,8 @@ class Job:
     # Images captured and not yet digested; a stop is confirmed only when there are none.
     digesting: int = 0
     unreachable: set[str] = field(default_factory=set)
+    # Holdings in which somebody ran into damaged bytes: the scrub looks at them first.
+    suspects: set[tuple[int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.memory = JobMemory(self.name, self.node, self.directory)
@@ -391,56 +394,12 @@ class Job:
 
     def report(self) -> coordinator_pb2.JobReport:
         """All facts of this job on this node."""
-        return coordinator_pb2.JobReport(
-            job=self.name,
-            generation=self.generation,
-            roster=self.roster,
-            stopped_through=self.stopped_through,
-            running_generation=self.running_generation,
-            trainers=self._trainer_facts(),
-            holdings=[holding.report() for holding in self.memory.holdings.values()],
-            transfer=self.transfer,
-            watermark=self.schedule.watermark,
-            has_watermark=self.schedule.has_watermark,
-            held=any(t.held for t in self.living()),
-            spec=self.spec,
-            unreachable_peers=sorted(self.unreachable),
-            finished=self._all_finished(),
-            aborted=sorted(self.aborted),
-        )
-
-    def _all_finished(self) -> bool:
-        mine = [t for t in self.trainers.values() if t.generation == self.generation]
-        return bool(mine) and bool(self.running_generation) and all(t.state == State.FINISHED for t in mine)
+        return report_of(self)
 
     def save(self) -> None:
         """Writes what must outlive the daemon."""
-        record = memory_pb2.JobRecord(
-            job=self.name,
-            owner_uid=self.owner_uid,
-            spec=self.spec,
-            roster=self.roster,
-            stop_through=self.stop_through,
-            started_generation=self.started_generation,
-            confirmed_stopped=self.confirmed_stopped,
-            trainers=self._trainer_facts(),
-        )
         if self.directory.is_dir():
-            records.write_record(self.directory / "job.record", record)
-
-    def _trainer_facts(self) -> list[coordinator_pb2.Trainer]:
-        return [
-            coordinator_pb2.Trainer(
-                rank=t.rank,
-                generation=t.generation,
-                pid=t.pid,
-                state=State.DIED if t.failing and t.state == State.ALIVE else t.state,
-                step=t.step,
-                ready=self.ready(t),
-                exit=t.exit,
-            )
-            for t in self.trainers.values()
-        ]
+            records.write_record(self.directory / "job.record", record_of(self))
 
     def discard(self) -> None:
         """Frees the job's memory and forgets it on this node."""
