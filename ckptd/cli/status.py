@@ -35,6 +35,11 @@ def show(address: str | None, socket: Path | None, as_json: bool) -> None:
     console.print(f"survives: {reply.survives}")
     used = sum(memory.arena_bytes + memory.parity_bytes for memory in reply.memory)
     console.print(f"memory: {_mib(used)} of {_mib(reply.memory_limit_bytes)} at {reply.memory_dir}")
+    if reply.cells_damaged or reply.cells_refused:
+        console.print(
+            f"damage: {reply.cells_damaged} cells in memory, {reply.cells_healed} of them healed;"
+            f" {reply.cells_refused} cells refused on their way"
+        )
     if not reply.jobs:
         console.print("no jobs")
         return

@@ -22,11 +22,29 @@ from ckptd.client.random_state import restore_random
 from ckptd.client.state import FORMAT, STATIC, Survey
 from ckptd.client.tensors import Form, is_tensor, plain, spec_of, with_form, writable
 from ckptd.errors import CorruptImage, StateMismatch
-from ckptd.image import ImagePlan, TensorRef, decode, read_variable
+from ckptd.image import ImagePlan, TensorRef, cell_digests, decode, read_variable
+from ckptd.image.digest import digest_of_digests
 
 _NAMED_AT_MOST = 5
 # What a load_state_dict of somebody else's may raise when the state does not suit it.
 _FOREIGN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def verify(image: memoryview, digest: bytes) -> None:
+    """Compares an image with what its daemon sealed, right before it is loaded.
+
+    Args:
+        digest: the xxh3_128 of the digests of the image's cells.
+
+    Raises:
+        CorruptImage: its bytes changed after the daemon looked at them.
+    """
+    if digest_of_digests(cell_digests(image)) != digest:
+        raise CorruptImage(
+            "the image changed between the daemon's verification and this load",
+            f"its {len(image):,} bytes do not match their digest",
+            "start again: the daemon verifies it again, and has it rebuilt by its peers",
+        )
 
 
 def restore(image: memoryview, survey: Survey, origin: Origin, step: int) -> None:

@@ -37,7 +37,7 @@ from ckptd.client.estimate import reserve
 from ckptd.client.link import Link, Terms
 from ckptd.client.protection import Bounds, Protection
 from ckptd.client.report import ResumeReport, Skipped, Statistics
-from ckptd.client.restore import restore
+from ckptd.client.restore import restore, verify
 from ckptd.client.settings import Environment, Place
 from ckptd.client.state import Survey
 from ckptd.image import check_name
@@ -393,7 +393,9 @@ class Run:
             os.close(fd)
         private.madvise(mmap.MADV_DONTFORK)
         origin = Origin(self._link.terms.job, self.rank, self.world_size)
-        restore(memoryview(private)[begin:end], Survey(self._attached), origin, located.step)
+        image = memoryview(private)[begin:end]
+        verify(image, located.digest)
+        restore(image, Survey(self._attached), origin, located.step)
 
     def _begin(self, step: int) -> None:
         self._step = step

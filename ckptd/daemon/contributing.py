@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptd.errors import CorruptImage
+from ckptd.errors import CkptdError, CorruptImage
 from ckptd.image.digest import CELL_BYTES, cell_digests, mismatches
 from ckptd.memory.bulk import Connection
 from ckptd.memory.change import StripeMap, can_be_base, digest_table, stripe_map
@@ -68,10 +68,28 @@ class Chunk:
                     return
                 self.pace.take(sum(view.nbytes for view in payload))
                 connection.send(self._frame(contribution=contribution), payload)
+            connection.answer()
         except CorruptImage:
             connection.send(self._frame(contribution=bulk_pb2.Contribution(given_up=True)))
             raise
-        connection.answer()
+        except CkptdError:
+            # Cells that go as they lie are first looked at by the peer, who refuses damaged ones
+            # however often they are sent.
+            self._refuse_damage()
+            raise
+
+    def _refuse_damage(self) -> None:
+        """Raises CorruptImage where this chunk is not what was sealed."""
+        holding = self.holding
+        first, count = chunk_cells(holding.seals[holding.position], self.chunk, holding.chunk_bytes)
+        table = digest_table(holding.seals[holding.position])
+        for view in holding.data_cells(first, count):
+            cells = len(view) // CELL_BYTES
+            if wrong := mismatches(view, table[first : first + cells].tobytes()):
+                raise CorruptImage(
+                    f"a cell of step {holding.step} is damaged on {self.sender}", f"cell {first + wrong[0]}"
+                )
+            first += cells
 
     def _frame(self, **body: object) -> bulk_pb2.BulkHeader:
         return bulk_pb2.BulkHeader(header=self.header, sender=self.sender, **body)  # type: ignore[arg-type]

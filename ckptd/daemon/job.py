@@ -312,9 +312,27 @@ class Job:
         What others may count on stays: the step that this generation started from, the
         watermark and what came before it, and a step that was reported as folded.
         """
-        known = self.schedule.watermark if self.schedule.has_watermark else 0
         holding = self.memory.holdings.get((self.generation, step))
-        if step <= max(known, self.roster.start.step) or (holding is not None and holding.folded):
+        if holding is None or not holding.folded:
+            self._abort(step)
+
+    def give_up(self, holding: Holding) -> None:
+        """Gives a step up of which somebody still lacks what this node has only damaged.
+
+        It may have been reported as folded here; nobody can count on it, since it is not
+        folded where this node's part is lacking.
+        """
+        self.suspect()
+        if self.memory.holdings.get(holding.key) is holding and holding.generation == self.generation:
+            self._abort(holding.step)
+
+    def suspect(self) -> None:
+        """Somebody ran into damaged bytes of this job: the scrub looks for them before all else."""
+        self.suspects = set(self.memory.holdings)
+
+    def _abort(self, step: int) -> None:
+        known = self.schedule.watermark if self.schedule.has_watermark else 0
+        if step <= max(known, self.roster.start.step):
             return
         if self.generation and step not in self.aborted:
             self.aborted.add(step)

@@ -7,7 +7,8 @@ who may capture it, is the job's business.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ckptd.errors import NotFound
@@ -15,7 +16,7 @@ from ckptd.image.digest import CELL_BYTES
 from ckptd.memory import records
 from ckptd.memory.arena import Arena
 from ckptd.memory.fold import Fold
-from ckptd.memory.holding import Holding, Parity, free_slots, releasable
+from ckptd.memory.holding import Holding, Parity, Place, free_slots, releasable
 
 # Parity belongs to no image plan; its arenas carry this in the plan's place.
 NO_PLAN = bytes(16)
@@ -34,6 +35,7 @@ class JobMemory:
         # Arenas that are being made beside the loop.
         self._preparing: set[tuple[str, bytes]] = set()
         self._gone = False
+        self._occupied: list[Place] = []
         # Parity slots of folds that were given up while bytes came in.
         self._ending: list[tuple[int, Fold]] = []
         # Set, and replaced, whenever slots may have become free, or a wait for seals or folds may end.
@@ -99,7 +101,20 @@ class JobMemory:
 
     def free_slots(self, arena: Arena, taken: Iterable[int] = ()) -> list[int]:
         """Slots of `arena` that hold nothing and are not `taken`, ascending."""
-        return free_slots(arena, self.holdings.values(), taken)
+        busy = [place.slot for place in self._occupied if place.arena is arena]
+        return free_slots(arena, self.holdings.values(), [*taken, *busy])
+
+    @contextlib.contextmanager
+    def occupied(self, places: Iterable[Place]) -> Iterator[None]:
+        """Keeps slots from being given to anybody while they are written."""
+        mine = list(places)
+        self._occupied += mine
+        try:
+            yield
+        finally:
+            for place in mine:
+                self._occupied.remove(place)
+            self.stir()
 
     def holding_at(self, generation: int, step: int) -> Holding:
         """The holding of that step.

@@ -16,6 +16,7 @@ from ckptd.daemon.authority import Authority
 from ckptd.daemon.frames import failure
 from ckptd.daemon.job import Job, State, Trainer, held_by
 from ckptd.daemon.protection import Protection
+from ckptd.daemon.scrub import Scrub
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.daemon.transfer import Transfers
 from ckptd.errors import InvalidRequest, NotFound
@@ -49,6 +50,7 @@ class Node:
         loop = asyncio.get_running_loop()
         self.protection = Protection(settings, self.jobs, loop, pool)
         self.transfers = Transfers(settings, self.protection, pool)
+        self.scrub = Scrub(settings, self.jobs)
         self._rendezvous = self._reserve_port()
 
     @property
@@ -332,5 +334,6 @@ class Node:
                 self._drop(job)
 
     def close(self) -> None:
+        self.scrub.close()
         self.protection.close()
         self._rendezvous.close()

@@ -20,7 +20,7 @@ from ckptd.daemon.serving import Serving
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CorruptImage, InvalidRequest
 from ckptd.image.digest import cell_digests
-from ckptd.memory.bulk import Connection
+from ckptd.memory.bulk import Connection, message
 from ckptd.memory.holding import Holding
 from ckptd.memory.pace import Pace
 from ckptd.memory.peer import Peer, Work
@@ -134,7 +134,7 @@ class Protection:
         )
 
         def send(connection: Connection) -> None:
-            connection.request(header, [memoryview(text)])
+            connection.request(header, message(text))
 
         for node in holding.group:
             if node in self._peers and only in (None, node):
@@ -170,8 +170,9 @@ class Protection:
             try:
                 each.send(connection)
             except CorruptImage as error:
-                log.error("step %d cannot be protected: %s", holding.step, error)
-                self._loop.call_soon_threadsafe(job.abort, holding.step)
+                if wanted():  # else the slot may be another step's already
+                    log.error("step %d cannot be protected: %s", holding.step, error)
+                    self._loop.call_soon_threadsafe(job.give_up, holding)
 
         return Work(send, wanted)
 
@@ -230,5 +231,7 @@ class Protection:
             self._receiving.take_chunk(connection, frame)
         elif body == "fetch":
             self._serving.fetch(connection, frame)
+        elif body == "decode":
+            self._serving.decode(connection, frame)
         else:
             raise InvalidRequest(f"a bulk frame with {body or 'nothing'} is no request")

@@ -320,6 +320,7 @@ class Receiving:
         log.error("step %d is given up: %s", ticket.holding.step, error)
         ticket.fold.cancel()
         ticket.job.abort(ticket.holding.step)
+        ticket.job.suspect()
 
 
 def _newest_older(job: Job, holding: Holding) -> Holding | None:

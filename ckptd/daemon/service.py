@@ -108,6 +108,10 @@ class DaemonService(daemon_pb2_grpc.DaemonServicer):
                 memory_dir=str(node.settings.memory_dir),
                 survives=node.survives,
                 kernel=erasure.Code(1, 1).kernel.name,
+                cells_refused=node.protection.corrupt_cells,
+                cells_damaged=node.scrub.corrupt_cells,
+                cells_healed=node.scrub.healed_cells,
+                scrubbed_bytes=node.scrub.scrubbed_bytes,
             )
 
         return await _answer(context, status)

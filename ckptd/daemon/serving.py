@@ -9,7 +9,9 @@ from ckptd.daemon.bridge import Bridge
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import InvalidRequest, NotFound
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES
-from ckptd.memory.bulk import BLOCK_CELLS, Connection
+from ckptd.memory.bulk import BLOCK_CELLS, Connection, message
+from ckptd.memory.decode import Decoder
+from ckptd.memory.holding import Holding
 from ckptd.v1 import bulk_pb2
 
 
@@ -29,13 +31,51 @@ class Serving:
         fetch = frame.fetch
         if fetch.seal_record:
             text = self._bridge.on_loop(self._seal_text(frame))
-            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells()), [memoryview(text)])
+            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells()), message(text))
             return
         if not 0 < fetch.cells <= BLOCK_CELLS:
             raise InvalidRequest(f"{fetch.cells} cells asked for, 1 to {BLOCK_CELLS} at a time")
         views, digests = self._bridge.on_loop(self._symbol(frame))
         # A slot that is reused meanwhile sends wrong bytes; the digests tell.
         connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells(digests=digests)), views)
+
+    def decode(self, connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
+        """Decodes a share of a lost chunk together with other survivors, and sends it.
+
+        Raises:
+            CkptdError: sent to the peer as a refusal.
+        """
+        order = frame.decode
+        holding = self._bridge.on_loop(self._holding_of(frame))
+        geometry = holding.geometry
+        cells = order.chunk_bytes // CELL_BYTES
+        inside = order.first_cell + order.cells <= cells and order.cells > 0
+        if order.lost not in holding.group or order.lost == holding.position or not inside:
+            raise InvalidRequest(
+                f"cells of {order.lost} cannot be decoded here",
+                f"{order.cells} from cell {order.first_cell} on, of {cells}",
+            )
+        if not 0 <= order.chunk < geometry.data_chunks or order.chunk_bytes != holding.chunk_bytes:
+            raise InvalidRequest(
+                f"chunk {order.chunk} of {order.chunk_bytes:,} bytes is not one of this step"
+            )
+        decoder = Decoder(
+            header=frame.header,
+            sender=self._settings.node,
+            holding=holding,
+            order=order,
+            own=lambda stripe, first, count: _own_symbol(holding, stripe, first, count),
+            timeout_s=self._settings.bulk_timeout_s,
+        )
+        for view, digests in decoder.blocks():
+            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells(digests=digests)), [view])
+
+    async def _holding_of(self, frame: bulk_pb2.BulkHeader) -> Holding:
+        order = frame.decode
+        holding = self._bridge.job_of(frame).memory.holding_at(order.snapshot_generation, order.step)
+        if not holding.sealed or set(holding.seals) != set(holding.group) or not holding.protected_group:
+            raise NotFound(f"step {order.step} is not sealed by the whole group on {self._settings.node}")
+        return holding
 
     async def _seal_text(self, frame: bulk_pb2.BulkHeader) -> bytes:
         fetch = frame.fetch
@@ -64,3 +104,19 @@ class Serving:
         view = parity.chunks[fetch.index][first * CELL_BYTES : (first + count) * CELL_BYTES]
         digests = parity.digests[fetch.index][first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
         return [view], digests
+
+
+def _own_symbol(holding: Holding, stripe: int, first: int, count: int) -> list[memoryview]:
+    """This node's symbol of a stripe: cells of its image, or of its folded parity.
+
+    Raises:
+        NotFound: it should be parity, and that is not folded.
+    """
+    geometry = holding.geometry
+    symbol = geometry.symbol_on(holding.index, stripe)
+    if symbol < geometry.data_chunks:
+        return holding.data_cells(symbol * holding.chunk_bytes // CELL_BYTES + first, count)
+    if holding.parity is None or not holding.folded:
+        raise NotFound(f"the parity of step {holding.step} is not folded on {holding.position}")
+    chunk = holding.parity.chunks[symbol - geometry.data_chunks]
+    return [chunk[first * CELL_BYTES : (first + count) * CELL_BYTES]]

@@ -44,6 +44,8 @@ class DaemonSettings(BaseSettings):
     bulk_nice: int = Field(default=5, ge=0, le=19)
     # What protection may send, bytes per second and node; 0: as fast as it goes.
     bulk_bytes_per_s: int = Field(default=0, ge=0)
+    # What the scrub may read while it looks for flipped bits, bytes per second and node; 0: it is off.
+    scrub_bytes_per_s: int = Field(default=64 << 20, ge=0)
     # Listen beyond loopback without TLS; the name says what that is.
     insecure: bool = False
 

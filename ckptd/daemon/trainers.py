@@ -20,6 +20,7 @@ from ckptd.errors import (
     NotFound,
     ProtocolMismatch,
 )
+from ckptd.image.digest import digest_of_digests
 from ckptd.image.names import check_name
 from ckptd.protocol import PROTOCOL
 from ckptd.v1 import coordinator_pb2, local_pb2
@@ -245,7 +246,9 @@ class _Session:
         located = local_pb2.Located(step=start.step, rung=rung, verified=True)
         fd = None
         if start.step:
-            place = job.memory.holding_at(job.generation, start.step).places[rank]
+            holding = job.memory.holding_at(job.generation, start.step)
+            place = holding.places[rank]
+            located.digest = digest_of_digests(holding.rank_seals[rank].cell_digests)
             located.generation = start.generation
             located.slot, located.slot_bytes = place.slot, place.arena.slot_bytes
             located.image_bytes = place.image_bytes

@@ -11,9 +11,10 @@ from ckptd.daemon.job import Job
 from ckptd.daemon.protection import Protection
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CkptdError, CorruptImage, NoSpace, NotFound
-from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
-from ckptd.memory.holding import Holding, Place, node_digests
+from ckptd.image.digest import DIGEST_BYTES, mismatches
+from ckptd.memory.holding import Holding, Place
 from ckptd.memory.rebuild import Rebuild
+from ckptd.memory.shares import collect
 from ckptd.v1 import bulk_pb2, common_pb2, coordinator_pb2
 
 log = logging.getLogger("ckptd.transfer")
@@ -112,20 +113,16 @@ class Transfers:
         )
         loop = asyncio.get_running_loop()
         seal = await loop.run_in_executor(self._pool, rebuild.fetch_seals)
+        await self._prepare(job, seal)
         holding = self._place(job, order, seal)
 
-        def sink(first_cell: int, cells: memoryview) -> None:
+        def still_wanted() -> None:
             if job.generation != order.generation:
-                raise job.stale(order.generation)  # the slot may be another generation's by now
-            for view in holding.data_cells(first_cell, len(cells) // CELL_BYTES):
-                view[:] = cells[: len(view)]
-                cells = cells[len(view) :]
+                raise job.stale(order.generation)
 
-        await loop.run_in_executor(self._pool, rebuild.run, sink)
-        views = holding.data_cells(0, len(node_digests(seal)) // DIGEST_BYTES)
-        image = b"".join(rank.cell_digests for rank in seal.ranks)
-        if await loop.run_in_executor(self._pool, _differs, views, image):
-            raise CorruptImage(f"the rebuilt image of {position} does not match its digests")
+        # Nobody else gets these slots while bytes come in, whatever becomes of this generation.
+        with job.memory.occupied(holding.places.values()):
+            await loop.run_in_executor(self._pool, collect, rebuild, holding.data_cells, still_wanted)
         if job.generation != order.generation:
             return rebuild.received_bytes
         for rank in seal.ranks:
@@ -135,12 +132,21 @@ class Transfers:
         job.memory.save(holding)
         return rebuild.received_bytes
 
+    async def _prepare(self, job: Job, seal: bulk_pb2.SealRecord) -> None:
+        """Makes the arenas that the lost position's ranks need, beside the loop."""
+        for rank in seal.ranks:
+            if job.memory.rank_arena(rank.rank, rank.plan_hash) is None:
+                job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
+                await job.memory.prepare_rank_arena(rank.rank, rank.plan_hash, job.slots, rank.image_bytes)
+
     def _place(self, job: Job, order: coordinator_pb2.TransferOrder, seal: bulk_pb2.SealRecord) -> Holding:
         """A holding with a slot for every rank of the lost position, not yet entered into the job.
 
         Where this node held the position itself, with a damaged image, its parity is kept, since
         others may need it, and the damaged bytes are written over.
         """
+        if job.generation != order.generation:
+            raise job.stale(order.generation)
         start = job.roster.start
         old = job.memory.holdings.get((start.generation, start.step))
         if old is not None and old.position != seal.node:
@@ -158,20 +164,8 @@ class Transfers:
 
     def _new_place(self, job: Job, rank: bulk_pb2.RankSeal) -> Place:
         arena = job.memory.rank_arena(rank.rank, rank.plan_hash)
-        if arena is None:
-            job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
-            arena = job.memory.make_rank_arena(rank.rank, rank.plan_hash, job.slots, rank.image_bytes)
+        assert arena is not None  # made by _prepare
         free = job.memory.free_slots(arena)
         if not free:
             raise NoSpace(f"no slot of rank {rank.rank} is free on node {job.node}")
         return Place(arena, free[0], rank.image_bytes)
-
-
-def _differs(views: list[memoryview], digests: bytes) -> bool:
-    at = 0
-    for view in views:
-        count = len(view) // CELL_BYTES * DIGEST_BYTES
-        if mismatches(view, digests[at : at + count]):
-            return True
-        at += count
-    return at != len(digests)

@@ -54,6 +54,11 @@ def cell_digests(buffer: Buffer) -> bytes:
     return b"".join(digests)
 
 
+def digest_of_digests(digests: bytes) -> bytes:
+    """Returns the 16 bytes that stand for a whole image: the xxh3_128 of its cells' digests."""
+    return bytes(xxh3_128_digest(digests))
+
+
 def mismatches(buffer: Buffer, digests: Buffer) -> list[int]:
     """Returns the ascending indices of the cells of `buffer` that differ from `digests`.
 

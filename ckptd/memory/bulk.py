@@ -16,9 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from google.protobuf.message import DecodeError
+from xxhash import xxh3_64_digest, xxh3_128_digest
 
-from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, ProtocolMismatch, Unreachable
-from ckptd.image.digest import CELL_BYTES
+from ckptd.errors import (
+    CkptdError,
+    CorruptImage,
+    DeadlineExceeded,
+    InvalidRequest,
+    ProtocolMismatch,
+    Unreachable,
+)
+from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES
 from ckptd.protocol import PROTOCOL
 from ckptd.v1 import bulk_pb2, common_pb2
 
@@ -29,6 +37,7 @@ BLOCK_BYTES = BLOCK_CELLS * CELL_BYTES
 MAX_HEADER_BYTES = 64 << 10
 MAX_PAYLOAD_BYTES = 256 << 20  # the seal record of a node with 1 TiB of state; cells come in blocks
 _LENGTH = struct.Struct("<I")
+_HEADER_DIGEST_BYTES = 8  # TCP's own sum misses one damaged packet in 65,536
 _TIMEVAL = struct.Struct("@ll")  # struct timeval of Linux
 _IOV_MAX = 512  # below the kernel's 1024
 _PARTING_S = 1.0  # how long a refused peer may take to read why
@@ -75,6 +84,7 @@ class Connection:
         header.protocol = PROTOCOL
         header.payload_bytes = sum(view.nbytes for view in payload)
         text = header.SerializeToString()
+        text += xxh3_64_digest(text)
         assert len(text) <= MAX_HEADER_BYTES
         with self._errors("sending"):
             end = time.monotonic() + self._timeout_s
@@ -111,9 +121,12 @@ class Connection:
             )
         text = bytearray(length)
         self.receive_into(memoryview(text))
+        spoken, digest = bytes(text[:-_HEADER_DIGEST_BYTES]), bytes(text[-_HEADER_DIGEST_BYTES:])
+        if xxh3_64_digest(spoken) != digest:
+            raise ProtocolMismatch("not a bulk frame", "its header does not match its digest")
         header = bulk_pb2.BulkHeader()
         try:
-            header.ParseFromString(bytes(text))
+            header.ParseFromString(spoken)
         except DecodeError as error:
             raise ProtocolMismatch("not a bulk frame", str(error)) from error
         if header.protocol != PROTOCOL:
@@ -142,10 +155,11 @@ class Connection:
                     raise TimeoutError("bytes came in too slowly")
 
     def receive_text(self, count: int) -> bytes:
-        """The `count` bytes of a payload that is a message; room is made as they come.
+        """The message that a payload of `count` bytes is, see `message`; room is made as they come.
 
         Raises:
             InvalidRequest: `count` is more than any message has.
+            CorruptImage: it changed on its way.
         """
         if count > MAX_PAYLOAD_BYTES:
             raise InvalidRequest(f"a message of {count:,} bytes", f"at most {MAX_PAYLOAD_BYTES:,}")
@@ -154,6 +168,10 @@ class Connection:
             part = bytearray(min(count - len(text), BLOCK_BYTES))
             self.receive_into(memoryview(part))
             text += part
+        digest = bytes(text[-DIGEST_BYTES:])
+        del text[-DIGEST_BYTES:]
+        if xxh3_128_digest(text) != digest:
+            raise CorruptImage("a message changed on its way", f"{count} bytes do not match their digest")
         return bytes(text)
 
     def request(self, header: bulk_pb2.BulkHeader, payload: Sequence[memoryview] = ()) -> bulk_pb2.BulkHeader:
@@ -307,6 +325,11 @@ def _refuse(connection: Connection, error: CkptdError) -> None:
     with contextlib.suppress(CkptdError):
         connection.send(refusal(error))
         connection.part()
+
+
+def message(text: bytes) -> list[memoryview]:
+    """The payload that carries a message, with its digest; `Connection.receive_text` takes it."""
+    return [memoryview(text), memoryview(xxh3_128_digest(text))]
 
 
 def refusal(error: CkptdError) -> bulk_pb2.BulkHeader:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
@@ -20,14 +19,12 @@ from ckptd.erasure.stripe import Geometry
 from ckptd.errors import CkptdError, CorruptImage, NotEnoughCells
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
 from ckptd.memory.bulk import BLOCK_CELLS, Connection, Refusal
-from ckptd.memory.holding import node_bytes, node_digests, seal_fault
+from ckptd.memory.holding import chunk_cells, node_bytes, node_digests, seal_fault
 from ckptd.v1 import bulk_pb2, common_pb2
 
 log = logging.getLogger("ckptd.rebuild")
 
 ZERO_DIGEST = cell_digests(bytes(CELL_BYTES))
-# Writes whole cells at a cell index of the rebuilt node image.
-Sink = Callable[[int, memoryview], None]
 
 
 @dataclass
@@ -55,6 +52,11 @@ class Rebuild:
     received_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def count(self, nbytes: int) -> None:
+        """Counts bytes that came in; from any thread."""
+        with self._lock:
+            self.received_bytes += nbytes
+
     def fetch_seals(self) -> bulk_pb2.SealRecord:
         """Collects the seal records of the whole group; returns that of the lost position.
 
@@ -79,17 +81,47 @@ class Rebuild:
             )
         return self.seals[self.position]
 
-    def run(self, sink: Sink) -> None:
-        """Rebuilds every cell and hands it, verified, to `sink` (called from several threads).
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(len(self.group), self.parity)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of every chunk of the group; after `fetch_seals`."""
+        return self.geometry.chunk_bytes(max(node_bytes(seal) for seal in self.seals.values()))
+
+    def cells(self, chunk: int, first: int, count: int) -> memoryview:
+        """Verified cells first.. of a chunk of the position's image, all of them inside the image.
 
         Raises:
-            NotEnoughCells: with how many symbols were needed and found.
+            NotEnoughCells: with how many symbols were needed and found, and who holds what.
         """
-        geometry = Geometry(len(self.group), self.parity)
-        chunks = range(geometry.data_chunks)
-        with ThreadPoolExecutor(len(chunks), thread_name_prefix="rebuild") as pool:
-            for job in [pool.submit(self._chunk, geometry, chunk, sink) for chunk in chunks]:
-                job.result()
+        lost = self.group.index(self.position)
+        stripe = self.geometry.stripe_of(lost, chunk)
+        at = chunk_cells(self.seals[self.position], chunk, self.chunk_bytes)[0] + first
+        expected = node_digests(self.seals[self.position])[at * DIGEST_BYTES : (at + count) * DIGEST_BYTES]
+        return self._decoded(stripe, chunk, first, count, expected)
+
+    def parity_cells(self, p: int, first: int, count: int, expected: bytes) -> memoryview:
+        """Cells first.. of the position's parity chunk `p`, which must have the digests `expected`.
+
+        Raises:
+            NotEnoughCells: as `cells`.
+        """
+        stripe = self.geometry.parity_stripe(self.group.index(self.position), p)
+        return self._decoded(stripe, self.geometry.data_chunks + p, first, count, expected)
+
+    def _decoded(self, stripe: int, symbol: int, first: int, count: int, expected: bytes) -> memoryview:
+        one = _Stripe(self, self.geometry, stripe, self.chunk_bytes)
+        try:
+            out = bytearray()
+            for at in range(0, count, BLOCK_CELLS):
+                some = min(BLOCK_CELLS, count - at)
+                digests = expected[at * DIGEST_BYTES : (at + some) * DIGEST_BYTES]
+                out += one.decode(symbol, first + at, some, digests)
+            return memoryview(out)
+        finally:
+            one.close()
 
     def _fetch_seal(self, address: str, member: str) -> None:
         connection = Connection.open(address, self.timeout_s)
@@ -110,23 +142,6 @@ class Rebuild:
         fetch = bulk_pb2.Fetch(snapshot_generation=generation, step=step, **fields)  # type: ignore[arg-type]
         return bulk_pb2.BulkHeader(header=self.header, sender=self.sender, fetch=fetch)
 
-    def _chunk(self, geometry: Geometry, chunk: int, sink: Sink) -> None:
-        lost = self.group.index(self.position)
-        chunk_bytes = geometry.chunk_bytes(max(node_bytes(seal) for seal in self.seals.values()))
-        first_of_chunk = chunk * chunk_bytes // CELL_BYTES
-        total = node_bytes(self.seals[self.position]) // CELL_BYTES
-        count = min(chunk_bytes // CELL_BYTES, total - first_of_chunk)
-        stripe = _Stripe(self, geometry, geometry.stripe_of(lost, chunk), chunk_bytes)
-        digests = node_digests(self.seals[self.position])
-        try:
-            for first in range(0, count, BLOCK_CELLS):
-                cells = min(BLOCK_CELLS, count - first)
-                at = first_of_chunk + first
-                expected = digests[at * DIGEST_BYTES : (at + cells) * DIGEST_BYTES]
-                sink(at, stripe.decode(geometry.symbol_on(lost, stripe.index), first, cells, expected))
-        finally:
-            stripe.close()
-
 
 class _Stripe:
     """The symbols of one stripe that can be had, and their connections."""
@@ -143,6 +158,7 @@ class _Stripe:
             symbol = geometry.symbol_on(rebuild.group.index(position), index)
             holders.setdefault(symbol, []).append((position, address))
         self._holders = dict(sorted(holders.items()))
+        self._faults: dict[str, str] = {}  # why a position's symbol is of no use
         self._connections: dict[str, Connection] = {}
 
     def close(self) -> None:
@@ -188,11 +204,27 @@ class _Stripe:
                 if not mismatches(out, expected):
                     return out
                 log.warning("stripe %d: symbols %s do not give the sealed bytes", self.index, chosen)
-        left = sorted({name for held in self._holders.values() for name, _ in held})
         raise NotEnoughCells(
-            f"stripe {self.index} of step {self._rebuild.snapshot[1]} cannot be decoded",
-            f"{needed} good symbols needed, {len(present)} found among {', '.join(left) or 'nobody'}",
+            f"cells {first} to {first + cells - 1} of stripe {self.index} of step"
+            f" {self._rebuild.snapshot[1]} cannot be decoded",
+            f"{needed} good symbols needed, {len(present)} found: {self._account(present)}",
         )
+
+    def _account(self, present: Mapping[int, memoryview]) -> str:
+        """Which position holds which symbol of this stripe, and what is wrong with it."""
+        rebuild, geometry = self._rebuild, self._geometry
+        words = []
+        for node, position in enumerate(rebuild.group):
+            symbol = geometry.symbol_on(node, self.index)
+            known = symbol in present
+            fault = "good" if known else self._faults.get(position, "lost")
+            kind = (
+                f"parity {symbol - geometry.data_chunks}"
+                if symbol >= geometry.data_chunks
+                else f"data {symbol}"
+            )
+            words.append(f"{position} holds {kind} ({fault})")
+        return ", ".join(words)
 
     def _fetch(self, symbol: int, first: int, cells: int) -> memoryview | None:
         """Verified cells of one symbol, or None; who cannot give any is not asked again."""
@@ -201,6 +233,7 @@ class _Stripe:
                 part = self._fetch_from(holder, symbol, first, cells)
             except (CkptdError, ValueError) as error:
                 log.warning("symbol %d of stripe %d from %s: %s", symbol, self.index, holder[0], error)
+                self._faults[holder[0]] = f"refused: {error}" if isinstance(error, Refusal) else "unreachable"
                 self._holders[symbol].remove(holder)
                 if holder[1] in self._connections:
                     self._connections.pop(holder[1]).close()
@@ -230,11 +263,11 @@ class _Stripe:
         if answer.payload_bytes != len(buffer):
             raise CorruptImage("cells of another length", f"{answer.payload_bytes} for {len(buffer)} bytes")
         connection.receive_into(buffer)
-        with rebuild._lock:
-            rebuild.received_bytes += len(buffer)
+        rebuild.count(len(buffer))
         digests = answer.cells.digests if parity else self._data_digests(position, index, first, cells)
         if wrong := mismatches(buffer, digests):
             log.warning("node %s sent %d wrong cells of stripe %d", position, len(wrong), self.index)
+            self._faults[position] = f"{len(wrong)} wrong cells"
             return None
         return buffer
 

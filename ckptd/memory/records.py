@@ -1,4 +1,8 @@
-"""Records beside the arenas: written whole or not at all, read with suspicion."""
+"""Records beside the arenas: written whole or not at all, read with suspicion.
+
+A record is the xxh3_128 of its message and the message.  A job's record, without which none
+of its memory is of use, lies in its file twice, so that a flipped bit costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ import re
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
+from xxhash import xxh3_128_digest
 
 from ckptd.errors import CorruptImage
+from ckptd.image.digest import DIGEST_BYTES
 from ckptd.image.names import check_name
 from ckptd.v1 import memory_pb2
 
@@ -32,8 +38,10 @@ def holding_paths(directory: Path) -> list[Path]:
 
 def write_record(path: Path, record: memory_pb2.JobRecord | memory_pb2.HoldingRecord) -> None:
     """Replaces the record at `path`; a crash leaves the old one or the new one."""
+    text = record.SerializeToString()
+    whole = xxh3_128_digest(text) + text
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(record.SerializeToString())
+    scratch.write_bytes(whole * 2 if isinstance(record, memory_pb2.JobRecord) else whole)
     scratch.replace(path)  # tmpfs: survives the process, and needs no fsync
 
 
@@ -79,6 +87,15 @@ def _parse(path: Path, record: memory_pb2.JobRecord | memory_pb2.HoldingRecord) 
     if len(text) > MAX_RECORD_BYTES:
         raise CorruptImage(f"{path} is too long", f"more than {MAX_RECORD_BYTES:,} bytes")
     try:
-        record.ParseFromString(text)
+        record.ParseFromString(_verified(path, text))
     except DecodeError as error:
         raise CorruptImage(f"{path} does not parse", str(error)) from error
+
+
+def _verified(path: Path, text: bytes) -> bytes:
+    """The message in a record's file: it lies there once, or twice."""
+    half = len(text) // 2
+    for whole in (text, text[:half], text[half:]):
+        if len(whole) >= DIGEST_BYTES and xxh3_128_digest(whole[DIGEST_BYTES:]) == whole[:DIGEST_BYTES]:
+            return whole[DIGEST_BYTES:]
+    raise CorruptImage(f"{path} is damaged", f"its {len(text):,} bytes do not match their digest")

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class BulkHeader(_message.Message):
-    __slots__ = ("header", "protocol", "sender", "payload_bytes", "seal", "contribution", "fetch", "cells", "refused", "accepted", "offer", "terms")
+    __slots__ = ("header", "protocol", "sender", "payload_bytes", "seal", "contribution", "fetch", "cells", "refused", "accepted", "offer", "terms", "decode")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SENDER_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class BulkHeader(_message.Message):
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     protocol: int
     sender: str
@@ -33,7 +34,8 @@ class BulkHeader(_message.Message):
     accepted: Accepted
     offer: Offer
     terms: Terms
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., protocol: _Optional[int] = ..., sender: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., cells: _Optional[_Union[Cells, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
+    decode: Decode
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., protocol: _Optional[int] = ..., sender: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ..., contribution: _Optional[_Union[Contribution, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., cells: _Optional[_Union[Cells, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ..., decode: _Optional[_Union[Decode, _Mapping]] = ...) -> None: ...
 
 class Seal(_message.Message):
     __slots__ = ("step",)
@@ -146,3 +148,31 @@ class Refused(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     error: _common_pb2.Error
     def __init__(self, error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
+
+class Decode(_message.Message):
+    __slots__ = ("snapshot_generation", "step", "lost", "chunk", "first_cell", "cells", "chunk_bytes", "survivors")
+    SNAPSHOT_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CELL_FIELD_NUMBER: _ClassVar[int]
+    CELLS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SURVIVORS_FIELD_NUMBER: _ClassVar[int]
+    snapshot_generation: int
+    step: int
+    lost: str
+    chunk: int
+    first_cell: int
+    cells: int
+    chunk_bytes: int
+    survivors: _containers.RepeatedCompositeFieldContainer[Survivor]
+    def __init__(self, snapshot_generation: _Optional[int] = ..., step: _Optional[int] = ..., lost: _Optional[str] = ..., chunk: _Optional[int] = ..., first_cell: _Optional[int] = ..., cells: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., survivors: _Optional[_Iterable[_Union[Survivor, _Mapping]]] = ...) -> None: ...
+
+class Survivor(_message.Message):
+    __slots__ = ("position", "bulk_address")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    BULK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    position: str
+    bulk_address: str
+    def __init__(self, position: _Optional[str] = ..., bulk_address: _Optional[str] = ...) -> None: ...

@@ -168,7 +168,7 @@ class Locate(_message.Message):
     def __init__(self) -> None: ...
 
 class Located(_message.Message):
-    __slots__ = ("step", "generation", "slot", "slot_bytes", "image_bytes", "rung", "verified", "skipped")
+    __slots__ = ("step", "generation", "slot", "slot_bytes", "image_bytes", "rung", "verified", "skipped", "digest")
     STEP_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +177,7 @@ class Located(_message.Message):
     RUNG_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     step: int
     generation: int
     slot: int
@@ -185,7 +186,8 @@ class Located(_message.Message):
     rung: str
     verified: bool
     skipped: _containers.RepeatedCompositeFieldContainer[Skipped]
-    def __init__(self, step: _Optional[int] = ..., generation: _Optional[int] = ..., slot: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., image_bytes: _Optional[int] = ..., rung: _Optional[str] = ..., verified: _Optional[bool] = ..., skipped: _Optional[_Iterable[_Union[Skipped, _Mapping]]] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, step: _Optional[int] = ..., generation: _Optional[int] = ..., slot: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., image_bytes: _Optional[int] = ..., rung: _Optional[str] = ..., verified: _Optional[bool] = ..., skipped: _Optional[_Iterable[_Union[Skipped, _Mapping]]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Skipped(_message.Message):
     __slots__ = ("generation", "step", "why")

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ckptd.image.digest import cell_digests, digest_of_digests
 from ckptd.v1 import common_pb2, local_pb2
 
 LENGTH = struct.Struct("<I")
@@ -87,6 +88,7 @@ class FakeDaemon:
         self.reserved: list[int] = []
         self.complaints: list[str] = []
         self.locate_step: int | None = None
+        self.flip_bit: int | None = None  # of the image, right after it was verified for a locate
         self._grants: dict[int, int] = {}
         self._due: set[int] = set()
         self._named = 0
@@ -253,6 +255,12 @@ class FakeDaemon:
         assert memory is not None
         located.generation, located.slot = self.generation, memory.holds[step]
         located.slot_bytes, located.image_bytes = memory.slot_bytes, memory.image_bytes
+        image = memory.image(located.slot)
+        located.digest = digest_of_digests(cell_digests(image))
+        if self.flip_bit is not None:
+            byte = self.flip_bit // 8
+            flipped = bytes([image[byte] ^ 1 << self.flip_bit % 8])
+            os.pwrite(memory.fd, flipped, located.slot * located.slot_bytes + byte)
         # A new generation starts from this step, sealed and protected again; the rest is void.
         memory.holds = {step: memory.holds[step]}
         self.step = self.watermark = step

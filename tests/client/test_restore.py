@@ -145,6 +145,19 @@ def test_an_image_of_something_else_is_refused(
     assert_same(before, state_of(trainee))
 
 
+@pytest.mark.parametrize("where", [0.0, 0.5, 0.999])
+def test_a_bit_that_flips_after_the_daemons_look_is_never_loaded(
+    where: float, stored: dict[int, Memory], fake: Start, socket_path: Path
+) -> None:
+    daemon = fake(memory=stored, generation=2)
+    daemon.flip_bit = int(stored[0].image_bytes * 8 * where) + 3
+    trainee = make()
+    before = state_of(trainee)
+    with attach(trainee, socket_path) as run, pytest.raises(errors.CorruptImage, match="changed between"):
+        run.resume()
+    assert_same(before, state_of(trainee))
+
+
 def test_an_object_that_refuses_its_state_is_named(fake: Start, socket_path: Path) -> None:
     daemon = fake()
     trainee = make(tiny=Tiny())

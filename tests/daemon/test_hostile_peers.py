@@ -15,9 +15,10 @@ from daemonkit import looped
 
 from ckptd.errors import CkptdError, NotEnoughCells
 from ckptd.image.digest import CELL_BYTES, cell_digests
-from ckptd.memory.bulk import BLOCK_CELLS, Connection, Refusal
+from ckptd.memory.bulk import BLOCK_CELLS, Connection, Refusal, message
 from ckptd.memory.holding import node_digests
 from ckptd.memory.rebuild import Rebuild
+from ckptd.memory.shares import collect
 from ckptd.v1 import bulk_pb2, common_pb2
 
 NAMES = ["n0", "n1", "n2"]
@@ -82,16 +83,33 @@ class Mallory:
         return await asyncio.get_running_loop().run_in_executor(None, talk)
 
     async def send_seal(self, node: str, record: bulk_pb2.SealRecord | None = None, **where: Any) -> None:
-        text = (record or self.seal(node)).SerializeToString()
+        text = b"".join(message((record or self.seal(node)).SerializeToString()))
         await self.send({"seal": bulk_pb2.Seal(step=5)}, text, **{"sender": node, **where})
 
-    async def contribute(self, node: str, cells: bytes | None = None, **changes: Any) -> bulk_pb2.BulkHeader:
-        """The node's whole chunk of n0's stripe in one frame."""
+    async def contribute(
+        self, node: str, cells: bytes | None = None, offer: dict[str, Any] | None = None, **changes: Any
+    ) -> bulk_pb2.BulkHeader:
+        """The node's whole chunk of n0's stripe: an offer, and one frame if it is wanted."""
         chunk = {"n1": 0, "n2": 1}[node]  # data symbols of stripe 0
         content = self.images[node][chunk * CHUNK : (chunk + 1) * CHUNK] if cells is None else cells
-        fields = {"step": 5, "stripe": 0, "chunk": chunk, "final": True, "chunk_bytes": CHUNK}
-        contribution = bulk_pb2.Contribution(**{**fields, **changes})
-        return await self.send({"contribution": contribution}, content, sender=node)
+        fields = {"step": 5, "stripe": 0, "chunk": chunk, "chunk_bytes": CHUNK}
+        opening = bulk_pb2.Offer(**{**fields, **(offer or {})})
+        frame = bulk_pb2.Contribution(**{"final": True, **changes})
+
+        def talk() -> bulk_pb2.BulkHeader:
+            connection = Connection.open(self.cluster.nodes["n0"].bulk_address, 5.0)
+            header = common_pb2.Header(job=JOB, generation=1, timeout_ms=5000)
+            try:
+                said = {"header": header, "sender": node}
+                answer = connection.request(bulk_pb2.BulkHeader(offer=opening, **said))
+                if not answer.terms.wanted:
+                    return answer
+                payload = [memoryview(content)]
+                return connection.request(bulk_pb2.BulkHeader(contribution=frame, **said), payload)
+            finally:
+                connection.close()
+
+        return await asyncio.get_running_loop().run_in_executor(None, talk)
 
     async def complete(self) -> None:
         """Everything right at last: the step is folded, with the right parity."""
@@ -143,7 +161,8 @@ async def test_seals_that_are_wrong_are_refused_and_leave_nothing(tmp_path: Path
         await refused(m.send_seal("n1", m.seal("n1", cell_bytes=4096)), wrong)
         await refused(m.send_seal("n1", job="nobody"), "no job nobody")
         await refused(m.send_seal("n1", generation=2), "still at generation 1")
-        await refused(m.send({"seal": bulk_pb2.Seal(step=5)}, b"\xff" * 9), "does not parse")
+        garbage = b"".join(message(b"\xff" * 9))
+        await refused(m.send({"seal": bulk_pb2.Seal(step=5)}, garbage), "does not parse")
         await refused(m.send({"accepted": bulk_pb2.Accepted()}), "is no request")
         m.images["n9"] = m.images["n1"]
         await refused(m.send_seal("n9"), "is no peer")
@@ -160,7 +179,7 @@ async def test_a_node_never_believes_to_be_sealed_by_others(tmp_path: Path) -> N
     async with mallory(tmp_path) as m:
         m.images["n0"] = m.images["n1"]
         record = m.seal("n0", step=6)
-        text = record.SerializeToString()
+        text = b"".join(message(record.SerializeToString()))
         await refused(m.send({"seal": bulk_pb2.Seal(step=6)}, text, sender="n0"), "is no peer")
         found = m.job.memory.holdings.get((1, 6))
         assert found is None or not found.sealed
@@ -187,15 +206,18 @@ async def test_contributions_that_are_wrong_are_refused_and_leave_nothing(tmp_pa
         for node in ("n1", "n2"):
             await m.send_seal(node)
         good = m.images["n1"][:CHUNK]
-        await refused(m.contribute("n1", good[:-1]), "not whole cells")
-        await refused(m.contribute("n1", bytes((BLOCK_CELLS + 1) * CELL_BYTES)), "not whole cells")
+        await refused(m.contribute("n1", good[:-1]), "whole cells travel")
+        await refused(m.contribute("n1", bytes((BLOCK_CELLS + 1) * CELL_BYTES)), "whole cells travel")
         for chunk_bytes in (0, CHUNK - 1, CHUNK + 1, CELL_BYTES, 1 << 62):
-            await refused(m.contribute("n1", chunk_bytes=chunk_bytes), "chunks of")
-        await refused(m.contribute("n1", stripe=1), "is not awaited")
-        await refused(m.contribute("n1", chunk=1), "changed on their way")
-        await refused(m.contribute("n1", chunk=7), "beyond the end")
-        await refused(m.contribute("n1", first_cell=1), "beyond the end|changed on their way")
-        await refused(m.contribute("n1", first_cell=2, cells=b""), "refused")
+            await refused(m.contribute("n1", offer={"chunk_bytes": chunk_bytes}), "chunks of")
+        await refused(m.contribute("n1", offer={"stripe": 1}), "is not of stripe 1")
+        await refused(m.contribute("n1", offer={"chunk": 1}), "is not of stripe 0")
+        await refused(m.contribute("n1", offer={"chunk": 7}), "is not of stripe 0")
+        await refused(m.contribute("n1", first=1), "whole cells travel")
+        await refused(m.contribute("n1", good[:CELL_BYTES], first=1), "out of turn|changed on their way")
+        await refused(m.contribute("n1", first=2, cells=b""), "ends after 0 cells|out of turn")
+        await refused(m.contribute("n1", first=1 << 60, cells=b""), "ends after 0 cells|out of turn")
+        await refused(m.contribute("n1", delta=True), "another mode")
         # The last word before the last cell: its parity would lack the rest.
         await refused(m.contribute("n1", good[:CELL_BYTES]), "ends after 1 cells, expected 2")
         await m.complete()
@@ -234,31 +256,36 @@ async def test_a_seal_that_comes_again_makes_nobody_send_again(tmp_path: Path) -
     def note(connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
         connection.receive_into(memoryview(bytearray(frame.payload_bytes)))
         sent.append(frame.WhichOneof("body") or "")
-        if frame.WhichOneof("body") == "seal" or frame.contribution.final:
+        if frame.WhichOneof("body") == "offer":
+            connection.send(bulk_pb2.BulkHeader(terms=bulk_pb2.Terms(wanted=False)))
+        else:
             connection.send(bulk_pb2.BulkHeader(accepted=bulk_pb2.Accepted()))
 
     async with mallory(tmp_path, note) as m:
         for node in ("n1", "n2"):
             await m.send_seal(node)
-        await until(lambda: sent.count("contribution") == 2, "n0's two chunks are sent")
+        await until(lambda: sent.count("offer") == 2, "n0's two chunks are sent")
         for node in ("n1", "n2") * 2:
             await m.send_seal(node)
         m.cluster.nodes["n0"].protection.resend(m.job)  # what would come next, in order
         await until(lambda: sent.count("seal") == 4, "its seal record, once more to both")
-        assert sent.count("contribution") <= 4
+        assert sent.count("offer") <= 4
 
 
 @looped
 async def test_what_nobody_needs_any_more_is_taken_and_dropped(tmp_path: Path) -> None:
-    """A late peer is told "accepted", so that it stops; nothing comes back to life."""
+    """A late peer is told that it is not wanted, so that it stops; nothing comes back to life."""
     async with mallory(tmp_path) as m:
         await m.send_seal("n1")
         m.job.abort(5)
         await m.send_seal("n2")
-        assert (await m.contribute("n1")).WhichOneof("body") == "accepted"
+        answer = await m.contribute("n1")
+        assert answer.WhichOneof("body") == "terms" and not answer.terms.wanted
         assert (1, 5) not in m.job.memory.holdings and not m.job.memory.folds
         m.cluster.schedule(["n0"], 1, [9], watermark=8)
-        await m.send({"seal": bulk_pb2.Seal(step=7)}, m.seal("n1", step=7).SerializeToString())
+        await m.send(
+            {"seal": bulk_pb2.Seal(step=7)}, b"".join(message(m.seal("n1", step=7).SerializeToString()))
+        )
         assert not m.job.memory.holdings
 
 
@@ -285,7 +312,9 @@ async def test_cells_are_given_only_where_they_are_certain(tmp_path: Path) -> No
         await refused(fetch(parity=True, index=1), "is not folded")
         await refused(fetch(parity=True, chunk_bytes=CELL_BYTES), "of a chunk of")
         # A step of which only seals of others are here holds no image.
-        await m.send({"seal": bulk_pb2.Seal(step=6)}, m.seal("n1", step=6).SerializeToString())
+        await m.send(
+            {"seal": bulk_pb2.Seal(step=6)}, b"".join(message(m.seal("n1", step=6).SerializeToString()))
+        )
         await refused(fetch(step=6), "is not sealed")
 
 
@@ -309,10 +338,10 @@ async def _rebuild(cluster: Cluster, lost: str, sources: list[str], step: int) -
     seal = await loop.run_in_executor(None, rebuild.fetch_seals)
     out = bytearray(len(node_digests(seal)) // 16 * CELL_BYTES)
 
-    def sink(first: int, cells: memoryview) -> None:
-        out[first * CELL_BYTES : first * CELL_BYTES + len(cells)] = cells
+    def place(first: int, count: int) -> list[memoryview]:
+        return [memoryview(out)[first * CELL_BYTES : (first + count) * CELL_BYTES]]
 
-    await loop.run_in_executor(None, rebuild.run, sink)
+    await loop.run_in_executor(None, collect, rebuild, place, lambda: None)
     return rebuild, bytes(out)
 
 

@@ -66,6 +66,7 @@ def test_broad_excepts_stand_only_at_a_top_frame() -> None:
     top_frames = {
         ("ckptd/memory/bulk.py", "_serve"),
         ("ckptd/memory/peer.py", "_run"),
+        ("ckptd/daemon/scrub.py", "run"),
         ("ckptd/daemon/trainers.py", "_serve_one"),
         ("ckptd/daemon/transfer.py", "_run"),
         ("ckptd/client/copier.py", "_run"),

@@ -15,8 +15,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_digest
 
-from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, ProtocolMismatch, Unreachable
+from ckptd.errors import (
+    CkptdError,
+    CorruptImage,
+    DeadlineExceeded,
+    InvalidRequest,
+    ProtocolMismatch,
+    Unreachable,
+)
 from ckptd.image.digest import CELL_BYTES
 from ckptd.memory import bulk
 from ckptd.memory.bulk import BulkServer, Connection, Refusal
@@ -63,6 +71,7 @@ def _dial(server: BulkServer) -> socket.socket:
 
 def _frame(header: bulk_pb2.BulkHeader) -> bytes:
     text = header.SerializeToString()
+    text += xxh3_64_digest(text)
     return struct.pack("<I", len(text)) + text
 
 
@@ -131,7 +140,7 @@ def test_a_malformed_frame_ends_that_connection_and_no_other(
         answer = _drained(sock)
     # Whoever speaks our frames is told why.
     (length,) = struct.unpack("<I", answer[:4])
-    refused = bulk_pb2.BulkHeader.FromString(answer[4 : 4 + length])
+    refused = bulk_pb2.BulkHeader.FromString(answer[4 : 4 + length - 8])
     assert refused.refused.error.what, what
     neighbour.send(_header())
     assert neighbour.answer().WhichOneof("body") == "cells"
@@ -228,17 +237,42 @@ def test_a_message_longer_than_any_is_refused_before_it_is_read() -> None:
 def test_a_message_arrives_whole(server: BulkServer) -> None:
     connection = Connection.open(server.address, TIMEOUT_S)
     text = os.urandom(3 * bulk.BLOCK_BYTES + 11)
-    answer = connection.request(_header(), [memoryview(text)])
+    answer = connection.request(_header(), bulk.message(text))
     assert connection.receive_text(answer.payload_bytes) == text
-    assert connection.receive_text(0) == b""
+    with pytest.raises(CorruptImage, match="0 bytes"):  # not even a digest
+        connection.receive_text(0)
     connection.close()
+
+
+def test_a_message_that_changed_on_its_way_is_refused(server: BulkServer) -> None:
+    for at in (0, 5, 99, 100, 115):  # the echo sends back what it got
+        connection = Connection.open(server.address, TIMEOUT_S)
+        views = [memoryview(bytearray(view)) for view in bulk.message(os.urandom(100))]
+        views[at // 100][at % 100] ^= 0x10
+        answer = connection.request(_header(), views)
+        with pytest.raises(CorruptImage, match="changed on its way"):
+            connection.receive_text(answer.payload_bytes)
+        connection.close()
+
+
+def test_every_bit_of_a_header_counts(server: BulkServer) -> None:
+    """A frame with any one bit of its header flipped is never handled."""
+    frame = _frame(_header())
+    for bit in range(8 * struct.calcsize("<I"), 8 * len(frame)):
+        flipped = bytearray(frame)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with _dial(server) as sock:
+            _say(sock, bytes(flipped))
+            answer = bulk_pb2.BulkHeader.FromString(_drained(sock)[4:-8])
+            assert "does not match its digest" in answer.refused.error.why, f"bit {bit}"
+    _serves(server, 100)
 
 
 def test_many_views_go_in_one_frame(server: BulkServer) -> None:
     """More than the kernel takes in one sendmsg."""
     connection = Connection.open(server.address, TIMEOUT_S)
     content = os.urandom(3000)
-    views = [memoryview(content)[i : i + 1] for i in range(len(content))]
+    views = [memoryview(content)[i : i + 1] for i in range(len(content))] + bulk.message(content)[1:]
     answer = connection.request(_header(), views)
     assert connection.receive_text(answer.payload_bytes) == content
     connection.close()
