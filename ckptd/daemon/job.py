@@ -213,8 +213,10 @@ class Job:
             InvalidRequest: not a plan.
         """
         check_plan(plan)
-        if self.memory.rank_arena(trainer.rank, plan.plan_hash) is None:
+        arena = self.memory.rank_arena(trainer.rank, plan.plan_hash)
+        if arena is None:
             self.check_budget(plan.image_bytes, limit_bytes, held)
+        if arena is None or not arena.whole:
             await self.memory.prepare_rank_arena(trainer.rank, plan.plan_hash, self.slots, plan.image_bytes)
         group, parity = self.group, self.roster.parity
         if self.member is not None and protected(group, parity):
@@ -239,6 +241,8 @@ class Job:
             arena = self.memory.make_rank_arena(trainer.rank, plan.plan_hash, self.slots, plan.image_bytes)
         if arena.slot_bytes != padded(plan.image_bytes):
             raise InvalidRequest("the same plan with another size", f"{plan.image_bytes:,} bytes")
+        if not arena.whole:
+            arena.allocate()
         trainer.plan_hash, trainer.image_bytes = plan.plan_hash, plan.image_bytes
         self.grants.pop(trainer.rank, None)
         self._drop_unused_arenas()

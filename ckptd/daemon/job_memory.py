@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -63,14 +64,20 @@ class JobMemory:
         self.arenas[label, plan_hash] = arena
         return arena
 
-    async def prepare_rank_arena(self, rank: int, plan_hash: bytes, slots: int, image_bytes: int) -> None:
+    async def prepare_rank_arena(
+        self, rank: int, plan_hash: bytes, slots: int, image_bytes: int, *, sparse: bool = False
+    ) -> None:
         """Makes a rank's arena where there is none, beside the loop: taking its pages takes a while.
+
+        Args:
+            sparse: its pages are taken as they are written; a trainer gets it only after a
+                call without this.
 
         Raises:
             NoSpace: the tmpfs is full.
             NotFound: the job was freed meanwhile.
         """
-        await self._prepare(rank_label(rank), plan_hash, slots, image_bytes)
+        await self._prepare(rank_label(rank), plan_hash, slots, image_bytes, sparse)
 
     async def prepare_parity(self, slots: int, nbytes: int) -> None:
         """Makes the arenas for the parity of `slots` steps, `nbytes` each, where there are none.
@@ -80,17 +87,22 @@ class JobMemory:
             NotFound: the job was freed meanwhile.
         """
         for slot in self._free_parity_slots(slots):
-            await self._prepare(parity_label(slot), NO_PLAN, 1, max(nbytes, CELL_BYTES))
+            await self._prepare(parity_label(slot), NO_PLAN, 1, max(nbytes, CELL_BYTES), False)
 
-    async def _prepare(self, label: str, plan_hash: bytes, slots: int, nbytes: int) -> None:
+    async def _prepare(self, label: str, plan_hash: bytes, slots: int, nbytes: int, sparse: bool) -> None:
         key = (label, plan_hash)
         while key in self._preparing:
             await self.freed.wait()
-        if key in self.arenas:
+        arena = self.arenas.get(key)
+        if arena is not None and (sparse or arena.whole):
             return
         self._preparing.add(key)
         try:
-            arena = await asyncio.to_thread(Arena.create, self.directory, label, plan_hash, slots, nbytes)
+            if arena is None:
+                create = functools.partial(Arena.create, sparse=sparse)
+                arena = await asyncio.to_thread(create, self.directory, label, plan_hash, slots, nbytes)
+            else:
+                await asyncio.to_thread(arena.allocate)
         finally:
             self._preparing.discard(key)
             self.stir()

@@ -270,6 +270,7 @@ class Receiving:
             raise InvalidRequest(
                 f"chunks of {chunk_bytes:,} bytes", f"{self._limit_bytes:,} bytes may be held"
             )
+        await job.memory.prepare_parity(job.slots, chunk_bytes * holding.parity_count)
         raw = self._maps(holding, None)
         while job.memory.holdings.get(holding.key) is holding and holding.key not in job.memory.folds:
             older = _newest_older(job, holding)

@@ -122,7 +122,7 @@ class Transfers:
 
         # Nobody else gets these slots while bytes come in, whatever becomes of this generation.
         with job.memory.occupied(holding.places.values()):
-            await loop.run_in_executor(self._pool, collect, rebuild, holding.data_cells, still_wanted)
+            await loop.run_in_executor(self._pool, collect, rebuild, holding.write_cells, still_wanted)
         if job.generation != order.generation:
             return rebuild.received_bytes
         for rank in seal.ranks:
@@ -137,7 +137,9 @@ class Transfers:
         for rank in seal.ranks:
             if job.memory.rank_arena(rank.rank, rank.plan_hash) is None:
                 job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
-                await job.memory.prepare_rank_arena(rank.rank, rank.plan_hash, job.slots, rank.image_bytes)
+                await job.memory.prepare_rank_arena(
+                    rank.rank, rank.plan_hash, job.slots, rank.image_bytes, sparse=True
+                )
 
     def _place(self, job: Job, order: coordinator_pb2.TransferOrder, seal: bulk_pb2.SealRecord) -> Holding:
         """A holding with a slot for every rank of the lost position, not yet entered into the job.

@@ -7,6 +7,7 @@ name, so that a restarted daemon finds it again without a header that could tear
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from ckptd.errors import CorruptImage, NoSpace
 from ckptd.image.digest import CELL_BYTES
 
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 _NAME = re.compile(r"(?P<label>[a-z]+-\d{5})\.(?P<plan>[0-9a-f]{32})\.(?P<slots>\d{1,3})\.arena")
 
 
@@ -28,18 +30,32 @@ class Arena:
     """A mapped tmpfs file of `slots` slots of `slot_bytes` each; slots start as zeros."""
 
     def __init__(self, path: Path, fd: int, slots: int, slot_bytes: int, plan_hash: bytes) -> None:
+        # Whether all pages are taken.  Only then may somebody map the file who does not know
+        # which pages are: a full tmpfs would be a SIGBUS.
+        self.whole = False
         self.path = path
         self.fd = fd
         self.slots = slots
         self.slot_bytes = slot_bytes
         self.plan_hash = plan_hash
-        # Populated: the first snapshots would otherwise take a page fault for every 4 KiB.
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-        self._view = memoryview(mmap.mmap(fd, slots * slot_bytes, flags=flags))
+        self._map = mmap.mmap(fd, slots * slot_bytes)
+        self._view = memoryview(self._map)
 
     @classmethod
-    def create(cls, directory: Path, label: str, plan_hash: bytes, slots: int, slot_bytes: int) -> Arena:
+    def create(
+        cls,
+        directory: Path,
+        label: str,
+        plan_hash: bytes,
+        slots: int,
+        slot_bytes: int,
+        *,
+        sparse: bool = False,
+    ) -> Arena:
         """Creates the file and takes its pages at once, so that no later write can fail.
+
+        Args:
+            sparse: takes no pages yet: for `write` now and `allocate` later.
 
         Raises:
             NoSpace: the tmpfs cannot hold it; the message holds the numbers.
@@ -48,20 +64,53 @@ class Arena:
         assert slots > 0 and slot_bytes > 0
         path = directory / f"{label}.{plan_hash.hex()}.{slots}.arena"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        os.ftruncate(fd, slots * slot_bytes)
+        arena = cls(path, fd, slots, slot_bytes, plan_hash)
+        if not sparse:
+            try:
+                arena.allocate()
+            except NoSpace:
+                arena.discard()
+                raise
+        return arena
+
+    def allocate(self) -> None:
+        """Takes all pages that are not taken yet, and maps them here.
+
+        Raises:
+            NoSpace: the tmpfs cannot hold it; the message holds the numbers.
+        """
         try:
-            # posix_fallocate: without it a full tmpfs is a SIGBUS in the trainer.
-            os.posix_fallocate(fd, 0, slots * slot_bytes)
-            return cls(path, fd, slots, slot_bytes, plan_hash)
+            os.posix_fallocate(self.fd, 0, self.nbytes)
         except OSError as error:
-            os.close(fd)
-            path.unlink()
-            disk = os.statvfs(directory)
-            raise NoSpace(
-                f"no room for {slots * slot_bytes:,} bytes on {directory}",
-                f"{error.strerror}; {disk.f_bavail * disk.f_frsize:,} of"
-                f" {disk.f_blocks * disk.f_frsize:,} bytes are free",
-                "enlarge it (in a container: --shm-size), or point --memory-dir at a larger tmpfs",
-            ) from error
+            raise self._no_space(error) from error
+        with contextlib.suppress(OSError):  # before Linux 5.14 the first snapshots take the page faults
+            self._map.madvise(_MADV_POPULATE_WRITE)
+        self.whole = True
+
+    def write(self, slot: int, offset: int, content: memoryview) -> None:
+        """Writes into a slot whose pages may not be taken yet; takes them as it goes, and zeroes none.
+
+        Raises:
+            NoSpace: the tmpfs is full.
+        """
+        assert offset + len(content) <= self.slot_bytes
+        at = slot * self.slot_bytes + offset
+        try:
+            while content:
+                written = os.pwrite(self.fd, content, at)
+                content, at = content[written:], at + written
+        except OSError as error:
+            raise self._no_space(error) from error
+
+    def _no_space(self, error: OSError) -> NoSpace:
+        disk = os.statvfs(self.path.parent)
+        return NoSpace(
+            f"no room for {self.nbytes:,} bytes on {self.path.parent}",
+            f"{error.strerror}; {disk.f_bavail * disk.f_frsize:,} of"
+            f" {disk.f_blocks * disk.f_frsize:,} bytes are free",
+            "enlarge it (in a container: --shm-size), or point --memory-dir at a larger tmpfs",
+        )
 
     @classmethod
     def adopt(cls, path: Path) -> Arena:

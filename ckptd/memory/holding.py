@@ -126,6 +126,25 @@ class Holding:
             views.append(memoryview(bytes(need)))
         return views
 
+    def write_cells(self, first: int, cells: memoryview) -> None:
+        """Writes whole cells of the node's image, from cell `first` on.
+
+        Raises:
+            NoSpace: the arena's pages were not taken yet, and the tmpfs is full.
+        """
+        start = first * CELL_BYTES
+        for rank in self.ranks:
+            place = self.places[rank]
+            room = padded(place.image_bytes)
+            if start < room and cells:
+                part = cells[: room - start]
+                place.arena.write(place.slot, start, part)
+                cells = cells[len(part) :]
+                start = 0
+            else:
+                start = max(0, start - room)
+        assert not cells, "cells beyond the image"
+
     def report(self) -> coordinator_pb2.Holding:
         """The facts of this holding, as the coordinator gets them."""
         return coordinator_pb2.Holding(

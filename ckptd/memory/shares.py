@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 from ckptd.errors import CkptdError, CorruptImage
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
-from ckptd.memory.bulk import BLOCK_CELLS, Connection
+from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
 from ckptd.memory.holding import chunk_cells, node_digests
 from ckptd.memory.rebuild import Rebuild
 from ckptd.v1 import bulk_pb2
 
 log = logging.getLogger("ckptd.rebuild")
 
-# Where cells first.. of the rebuilt node image lie: writable views, in order.
-Place = Callable[[int, int], Sequence[memoryview]]
+# Writes whole cells of the rebuilt node image, from a cell on.
+Write = Callable[[int, memoryview], None]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def shares_of(counts: Sequence[int], survivors: int) -> list[list[Share]]:
     return out
 
 
-def collect(rebuild: Rebuild, place: Place, still_wanted: Callable[[], None]) -> None:
-    """Brings every cell of the lost image to its place, verified.
+def collect(rebuild: Rebuild, write: Write, still_wanted: Callable[[], None]) -> None:
+    """Brings every cell of the lost image, verified, to `write`.
 
     Args:
         rebuild: with the seal records of the whole group.
-        place: called from several threads, with cells of the node's image.
-        still_wanted: raises when the place belongs to somebody else by now.
+        write: called from several threads, with verified cells.
+        still_wanted: raises when nobody needs this image any more.
 
     Raises:
         NotEnoughCells: some cell cannot be had, with how many were needed and found.
@@ -74,7 +74,7 @@ def collect(rebuild: Rebuild, place: Place, still_wanted: Callable[[], None]) ->
     work = shares_of(counts, max(1, len(survivors)))
     with ThreadPoolExecutor(len(work), thread_name_prefix="rebuild") as pool:
         jobs = [
-            pool.submit(_Collector(rebuild, place, still_wanted).collect, shares, survivor)
+            pool.submit(_Collector(rebuild, write, still_wanted).collect, shares, survivor)
             for shares, survivor in zip(work, survivors or [None], strict=True)
         ]
         for job in jobs:
@@ -84,11 +84,12 @@ def collect(rebuild: Rebuild, place: Place, still_wanted: Callable[[], None]) ->
 class _Collector:
     """Collects the shares of one survivor."""
 
-    def __init__(self, rebuild: Rebuild, place: Place, still_wanted: Callable[[], None]) -> None:
+    def __init__(self, rebuild: Rebuild, write: Write, still_wanted: Callable[[], None]) -> None:
         self._rebuild = rebuild
-        self._place = place
+        self._write = write
         self._still_wanted = still_wanted
         self._digests = node_digests(rebuild.seals[rebuild.position])
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def collect(self, shares: Sequence[Share], survivor: tuple[str, str] | None) -> None:
         left = dict.fromkeys(shares, 0)  # cells that are there
@@ -101,9 +102,7 @@ class _Collector:
             for first, count in _blocks(share.first + done, share.cells - done):
                 self._still_wanted()
                 cells = self._rebuild.cells(share.chunk, first, count)
-                for view in self._views(share.chunk, first, count):
-                    view[:] = cells[: len(view)]
-                    cells = cells[len(view) :]
+                self._write(self._first_of(share.chunk) + first, cells)
 
     def _from(self, address: str, left: dict[Share, int]) -> None:
         """Receives shares where they belong; notes how far it came."""
@@ -126,14 +125,14 @@ class _Collector:
             connection.close()
 
     def _receive(self, connection: Connection, chunk: int, first: int, count: int) -> None:
+        """By way of a buffer that stays in the cache: memory that was never written is filled in one go."""
         at = self._first_of(chunk) + first
-        for view in self._views(chunk, first, count):
-            connection.receive_into(view)
-            cells = len(view) // CELL_BYTES
-            if mismatches(view, self._digests[at * DIGEST_BYTES : (at + cells) * DIGEST_BYTES]):
-                raise CorruptImage("the decoded cells changed on their way")
-            at += cells
-        self._rebuild.count(count * CELL_BYTES)
+        cells = self._buffer[: count * CELL_BYTES]
+        connection.receive_into(cells)
+        if mismatches(cells, self._digests[at * DIGEST_BYTES : (at + count) * DIGEST_BYTES]):
+            raise CorruptImage("the decoded cells changed on their way")
+        self._write(at, cells)
+        self._rebuild.count(len(cells))
 
     def _request(self, share: Share) -> bulk_pb2.BulkHeader:
         rebuild = self._rebuild
@@ -152,9 +151,6 @@ class _Collector:
 
     def _first_of(self, chunk: int) -> int:
         return chunk * self._rebuild.chunk_bytes // CELL_BYTES
-
-    def _views(self, chunk: int, first: int, count: int) -> Sequence[memoryview]:
-        return self._place(self._first_of(chunk) + first, count)
 
 
 def _blocks(first: int, cells: int) -> Iterator[tuple[int, int]]:

@@ -338,10 +338,10 @@ async def _rebuild(cluster: Cluster, lost: str, sources: list[str], step: int) -
     seal = await loop.run_in_executor(None, rebuild.fetch_seals)
     out = bytearray(len(node_digests(seal)) // 16 * CELL_BYTES)
 
-    def place(first: int, count: int) -> list[memoryview]:
-        return [memoryview(out)[first * CELL_BYTES : (first + count) * CELL_BYTES]]
+    def write(first: int, cells: memoryview) -> None:
+        out[first * CELL_BYTES : first * CELL_BYTES + len(cells)] = cells
 
-    await loop.run_in_executor(None, collect, rebuild, place, lambda: None)
+    await loop.run_in_executor(None, collect, rebuild, write, lambda: None)
     return rebuild, bytes(out)
 
 
