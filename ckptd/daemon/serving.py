@@ -14,6 +14,9 @@ from ckptd.memory.decode import Decoder
 from ckptd.memory.holding import Holding
 from ckptd.v1 import bulk_pb2
 
+# A length on the wire is checked before it is worked with: a share of 255 nodes with 16 TiB each.
+MAX_CHUNK_BYTES = 16 << 40
+
 
 class Serving:
     """Serves the symbols that this node holds."""
@@ -33,11 +36,12 @@ class Serving:
             text = self._bridge.on_loop(self._seal_text(frame))
             connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells()), message(text))
             return
-        if not 0 < fetch.cells <= BLOCK_CELLS:
-            raise InvalidRequest(f"{fetch.cells} cells asked for, 1 to {BLOCK_CELLS} at a time")
-        views, digests = self._bridge.on_loop(self._symbol(frame))
+        holding = self._bridge.on_loop(self._fetched(frame))
         # A slot that is reused meanwhile sends wrong bytes; the digests tell.
-        connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells(digests=digests)), views)
+        for first in range(fetch.first_cell, fetch.first_cell + fetch.cells, BLOCK_CELLS):
+            count = min(BLOCK_CELLS, fetch.first_cell + fetch.cells - first)
+            views, digests = _symbol(holding, fetch, first, count)
+            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells(digests=digests)), views)
 
     def decode(self, connection: Connection, frame: bulk_pb2.BulkHeader) -> None:
         """Decodes a share of a lost chunk together with other survivors, and sends it.
@@ -84,26 +88,44 @@ class Serving:
             raise NotFound(f"node {self._settings.node} has no seal record of {fetch.position}")
         return holding.seals[fetch.position].SerializeToString()
 
-    async def _symbol(self, frame: bulk_pb2.BulkHeader) -> tuple[list[memoryview], bytes]:
-        """Views of the cells asked for; of parity also their digests."""
-        fetch = frame.fetch
+    async def _fetched(self, frame: bulk_pb2.BulkHeader) -> Holding:
+        """The holding that can give what is asked for."""
+        fetch, node = frame.fetch, self._settings.node
         holding = self._bridge.job_of(frame).memory.holding_at(fetch.snapshot_generation, fetch.step)
         if holding.position != fetch.position:
-            raise NotFound(f"node {self._settings.node} stands for {holding.position}, not {fetch.position}")
-        first, count = fetch.first_cell, fetch.cells
+            raise NotFound(f"node {node} stands for {holding.position}, not {fetch.position}")
+        end = fetch.first_cell + fetch.cells
+        if fetch.cells == 0 or end * CELL_BYTES > max(fetch.chunk_bytes, BLOCK_CELLS * CELL_BYTES):
+            raise InvalidRequest(
+                f"{fetch.cells} cells from {fetch.first_cell} on asked for",
+                f"a chunk has {fetch.chunk_bytes:,} bytes",
+            )
+        if fetch.chunk_bytes > MAX_CHUNK_BYTES:
+            raise InvalidRequest(f"chunks of {fetch.chunk_bytes:,} bytes", f"at most {MAX_CHUNK_BYTES:,}")
         if not fetch.parity:
             if not holding.sealed:
-                raise NotFound(f"the image of step {fetch.step} is not sealed on {self._settings.node}")
-            start = fetch.index * fetch.chunk_bytes // CELL_BYTES + first
-            return holding.data_cells(start, count), b""
+                raise NotFound(f"the image of step {fetch.step} is not sealed on {node}")
+            return holding
         parity = holding.parity
         if parity is None or not holding.folded or fetch.index >= len(parity.chunks):
-            raise NotFound(f"the parity of step {fetch.step} is not folded on {self._settings.node}")
-        if parity.chunk_bytes != fetch.chunk_bytes or (first + count) * CELL_BYTES > parity.chunk_bytes:
-            raise InvalidRequest(f"cells {first}..{first + count} of a chunk of {parity.chunk_bytes:,} bytes")
-        view = parity.chunks[fetch.index][first * CELL_BYTES : (first + count) * CELL_BYTES]
-        digests = parity.digests[fetch.index][first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
-        return [view], digests
+            raise NotFound(f"the parity of step {fetch.step} is not folded on {node}")
+        if parity.chunk_bytes != fetch.chunk_bytes or end * CELL_BYTES > parity.chunk_bytes:
+            raise InvalidRequest(f"cells up to {end} of a chunk of {parity.chunk_bytes:,} bytes")
+        return holding
+
+
+def _symbol(
+    holding: Holding, fetch: bulk_pb2.Fetch, first: int, count: int
+) -> tuple[list[memoryview], bytes]:
+    """Views of the cells asked for; of parity also their digests."""
+    if not fetch.parity:
+        return holding.data_cells(fetch.index * fetch.chunk_bytes // CELL_BYTES + first, count), b""
+    parity = holding.parity
+    if parity is None or not parity.digests:
+        raise NotFound(f"the parity of step {fetch.step} was given up")
+    view = parity.chunks[fetch.index][first * CELL_BYTES : (first + count) * CELL_BYTES]
+    digests = parity.digests[fetch.index][first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+    return [view], digests
 
 
 def _own_symbol(holding: Holding, stripe: int, first: int, count: int) -> list[memoryview]:

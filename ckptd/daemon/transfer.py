@@ -122,7 +122,7 @@ class Transfers:
 
         # Nobody else gets these slots while bytes come in, whatever becomes of this generation.
         with job.memory.occupied(holding.places.values()):
-            await loop.run_in_executor(self._pool, collect, rebuild, holding.write_cells, still_wanted)
+            await loop.run_in_executor(self._pool, collect, rebuild, holding, still_wanted)
         if job.generation != order.generation:
             return rebuild.received_bytes
         for rank in seal.ranks:

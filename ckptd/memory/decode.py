@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptd.erasure import Code
 from ckptd.errors import CorruptImage, NotEnoughCells
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
-from ckptd.memory.bulk import BLOCK_CELLS, Connection
+from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
 from ckptd.memory.holding import Holding, node_digests
 from ckptd.v1 import bulk_pb2, common_pb2
 
-# Requests that are under way on one connection: the holder is never idle, and no queue is long.
-_WINDOW = 3
+_scratch = threading.local()
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Decoder:
         code = Code(geometry.data_chunks, geometry.parity)
         digests = node_digests(holding.seals[order.lost])
         at = order.chunk * order.chunk_bytes // CELL_BYTES + order.first_cell
-        out = memoryview(bytearray(BLOCK_CELLS * CELL_BYTES))
+        out = _buffers(geometry.data_chunks)[-1]
         sources = self._sources(stripe, mine)
         try:
             for first, count in self._pieces():
@@ -86,13 +86,15 @@ class Decoder:
                 f"{needed + 1} symbols needed, {len(nodes) + 1} there",
             )
         out: dict[int, _Source] = {}
+        buffers = _buffers(geometry.data_chunks)
         for node in nodes[:needed]:
             symbol = geometry.symbol_on(node, stripe)
-            requests = [self._fetch(node, symbol, stripe, first, count) for first, count in self._pieces()]
-            out[symbol] = _Source(Connection.open(there[group[node]], self.timeout_s), requests)
+            connection = Connection.open(there[group[node]], self.timeout_s)
+            connection.send(self._fetch(node, symbol))
+            out[symbol] = _Source(connection, buffers[len(out)])
         return out
 
-    def _fetch(self, node: int, symbol: int, stripe: int, first: int, count: int) -> bulk_pb2.BulkHeader:
+    def _fetch(self, node: int, symbol: int) -> bulk_pb2.BulkHeader:
         geometry, order = self.holding.geometry, self.order
         parity = symbol >= geometry.data_chunks
         fetch = bulk_pb2.Fetch(
@@ -101,21 +103,19 @@ class Decoder:
             position=self.holding.group[node],
             parity=parity,
             index=symbol - geometry.data_chunks if parity else symbol,
-            first_cell=first,
-            cells=count,
+            first_cell=order.first_cell,
+            cells=order.cells,
             chunk_bytes=order.chunk_bytes,
         )
         return bulk_pb2.BulkHeader(header=self.header, sender=self.sender, fetch=fetch)
 
 
 class _Source:
-    """One other survivor's symbol, piece after piece, with a few requests under way."""
+    """One other survivor's symbol, piece after piece; what it sends ahead waits in the socket."""
 
-    def __init__(self, connection: Connection, requests: Sequence[bulk_pb2.BulkHeader]) -> None:
+    def __init__(self, connection: Connection, buffer: memoryview) -> None:
         self.connection = connection
-        self._requests = list(requests)
-        self._buffer = memoryview(bytearray(BLOCK_CELLS * CELL_BYTES))
-        self._ask(_WINDOW)
+        self._buffer = buffer
 
     def next(self, count: int) -> memoryview:
         """The next `count` cells; valid until the next call."""
@@ -124,13 +124,17 @@ class _Source:
             raise CorruptImage("cells of another length", f"{answer.payload_bytes} bytes for {count} cells")
         view = self._buffer[: count * CELL_BYTES]
         self.connection.receive_into(view)
-        self._ask(1)
         return view
 
-    def _ask(self, count: int) -> None:
-        for request in self._requests[:count]:
-            self.connection.send(request)
-        del self._requests[:count]
+
+def _buffers(count: int) -> list[memoryview]:
+    """This thread's buffers of a block each, at least `count`; their pages are touched once."""
+    if not hasattr(_scratch, "buffers"):
+        _scratch.buffers = []
+    buffers: list[memoryview] = _scratch.buffers
+    while len(buffers) < count:
+        buffers.append(memoryview(bytearray(BLOCK_BYTES)))
+    return buffers[:count]
 
 
 def _joined(views: Sequence[memoryview]) -> memoryview:

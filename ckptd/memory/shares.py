@@ -13,18 +13,32 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from ckptd.errors import CkptdError, CorruptImage
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
-from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
+from ckptd.memory.bulk import BLOCK_CELLS, Connection
 from ckptd.memory.holding import chunk_cells, node_digests
 from ckptd.memory.rebuild import Rebuild
 from ckptd.v1 import bulk_pb2
 
 log = logging.getLogger("ckptd.rebuild")
 
-# Writes whole cells of the rebuilt node image, from a cell on.
-Write = Callable[[int, memoryview], None]
+
+class Target(Protocol):
+    """Where a lost node's image is to lie; `Holding` is one.  Used from several threads."""
+
+    def data_cells(self, first: int, count: int) -> list[memoryview]:
+        """Writable views of cells first.., in order.
+
+        Only the kernel may write where pages are not taken yet: a full tmpfs is an error of the
+        call then, and no SIGBUS.
+        """
+        ...
+
+    def write_cells(self, first: int, cells: memoryview) -> None:
+        """Writes whole cells from cell `first` on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,12 +68,12 @@ def shares_of(counts: Sequence[int], survivors: int) -> list[list[Share]]:
     return out
 
 
-def collect(rebuild: Rebuild, write: Write, still_wanted: Callable[[], None]) -> None:
-    """Brings every cell of the lost image, verified, to `write`.
+def collect(rebuild: Rebuild, target: Target, still_wanted: Callable[[], None]) -> None:
+    """Brings every cell of the lost image to `target`, verified.
 
     Args:
         rebuild: with the seal records of the whole group.
-        write: called from several threads, with verified cells.
+        target: every cell is verified where it lies, or before.
         still_wanted: raises when nobody needs this image any more.
 
     Raises:
@@ -74,7 +88,7 @@ def collect(rebuild: Rebuild, write: Write, still_wanted: Callable[[], None]) ->
     work = shares_of(counts, max(1, len(survivors)))
     with ThreadPoolExecutor(len(work), thread_name_prefix="rebuild") as pool:
         jobs = [
-            pool.submit(_Collector(rebuild, write, still_wanted).collect, shares, survivor)
+            pool.submit(_Collector(rebuild, target, still_wanted).collect, shares, survivor)
             for shares, survivor in zip(work, survivors or [None], strict=True)
         ]
         for job in jobs:
@@ -84,12 +98,11 @@ def collect(rebuild: Rebuild, write: Write, still_wanted: Callable[[], None]) ->
 class _Collector:
     """Collects the shares of one survivor."""
 
-    def __init__(self, rebuild: Rebuild, write: Write, still_wanted: Callable[[], None]) -> None:
+    def __init__(self, rebuild: Rebuild, target: Target, still_wanted: Callable[[], None]) -> None:
         self._rebuild = rebuild
-        self._write = write
+        self._target = target
         self._still_wanted = still_wanted
         self._digests = node_digests(rebuild.seals[rebuild.position])
-        self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def collect(self, shares: Sequence[Share], survivor: tuple[str, str] | None) -> None:
         left = dict.fromkeys(shares, 0)  # cells that are there
@@ -102,7 +115,7 @@ class _Collector:
             for first, count in _blocks(share.first + done, share.cells - done):
                 self._still_wanted()
                 cells = self._rebuild.cells(share.chunk, first, count)
-                self._write(self._first_of(share.chunk) + first, cells)
+                self._target.write_cells(self._first_of(share.chunk) + first, cells)
 
     def _from(self, address: str, left: dict[Share, int]) -> None:
         """Receives shares where they belong; notes how far it came."""
@@ -125,14 +138,14 @@ class _Collector:
             connection.close()
 
     def _receive(self, connection: Connection, chunk: int, first: int, count: int) -> None:
-        """By way of a buffer that stays in the cache: memory that was never written is filled in one go."""
         at = self._first_of(chunk) + first
-        cells = self._buffer[: count * CELL_BYTES]
-        connection.receive_into(cells)
-        if mismatches(cells, self._digests[at * DIGEST_BYTES : (at + count) * DIGEST_BYTES]):
-            raise CorruptImage("the decoded cells changed on their way")
-        self._write(at, cells)
-        self._rebuild.count(len(cells))
+        for view in self._target.data_cells(at, count):
+            connection.receive_into(view)
+            cells = len(view) // CELL_BYTES
+            if mismatches(view, self._digests[at * DIGEST_BYTES : (at + cells) * DIGEST_BYTES]):
+                raise CorruptImage("the decoded cells changed on their way")
+            at += cells
+        self._rebuild.count(count * CELL_BYTES)
 
     def _request(self, share: Share) -> bulk_pb2.BulkHeader:
         rebuild = self._rebuild

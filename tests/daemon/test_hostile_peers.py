@@ -302,9 +302,11 @@ async def test_cells_are_given_only_where_they_are_certain(tmp_path: Path) -> No
         await refused(fetch(step=6), "holds no step 6")
         await refused(fetch(snapshot_generation=7), "of generation 7")
         await refused(fetch(seal_record=True, position="n2"), "no seal record of n2")
-        for cells in (0, BLOCK_CELLS + 1, (1 << 32) - 1):
-            await refused(fetch(cells=cells), "cells asked for")
-        answer = await fetch(cells=BLOCK_CELLS, first_cell=1 << 40)  # beyond the image there are zeros
+        for cells in (0, BLOCK_CELLS + 1, 1 << 40):
+            await refused(fetch(cells=cells), "asked for")
+        await refused(fetch(first_cell=1 << 40), "asked for")
+        await refused(fetch(first_cell=1 << 40, chunk_bytes=1 << 62), "chunks of")
+        answer = await fetch(cells=BLOCK_CELLS, index=1 << 20)  # beyond the image there are zeros
         assert answer.payload_bytes == BLOCK_CELLS * CELL_BYTES
         await m.complete()
         assert (await fetch(parity=True, cells=2)).payload_bytes == CHUNK
@@ -319,6 +321,19 @@ async def test_cells_are_given_only_where_they_are_certain(tmp_path: Path) -> No
 
 
 # Rebuilding from damaged holders
+
+
+class _Target:
+    """A node's image in plain memory."""
+
+    def __init__(self, out: bytearray) -> None:
+        self.out = memoryview(out)
+
+    def data_cells(self, first: int, count: int) -> list[memoryview]:
+        return [self.out[first * CELL_BYTES : (first + count) * CELL_BYTES]]
+
+    def write_cells(self, first: int, cells: memoryview) -> None:
+        self.out[first * CELL_BYTES : first * CELL_BYTES + len(cells)] = cells
 
 
 async def _rebuild(cluster: Cluster, lost: str, sources: list[str], step: int) -> tuple[Rebuild, bytes]:
@@ -338,10 +353,7 @@ async def _rebuild(cluster: Cluster, lost: str, sources: list[str], step: int) -
     seal = await loop.run_in_executor(None, rebuild.fetch_seals)
     out = bytearray(len(node_digests(seal)) // 16 * CELL_BYTES)
 
-    def write(first: int, cells: memoryview) -> None:
-        out[first * CELL_BYTES : first * CELL_BYTES + len(cells)] = cells
-
-    await loop.run_in_executor(None, collect, rebuild, write, lambda: None)
+    await loop.run_in_executor(None, collect, rebuild, _Target(out), lambda: None)
     return rebuild, bytes(out)
 
 

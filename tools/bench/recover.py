@@ -145,21 +145,27 @@ class _NodeProcess:
         arena.discard()
         return seconds
 
-    async def receive_plain(self, streams: int, nbytes: int) -> str:
-        """Listens for `streams` plain transfers of `nbytes` each, into memory like an arena's."""
+    async def receive_plain(self, streams: int, nbytes: int, keep: bool) -> str:
+        """Listens for `streams` plain transfers of `nbytes` each.
+
+        Args:
+            keep: they land in fresh memory side by side, as a lost image does; else each in a
+                buffer that is used over and over, as what a decode reads does.
+        """
         listener = socket.create_server(("127.0.0.1", 0), backlog=streams)
-        self._target = np.zeros(max(nbytes, 1), np.uint8)
-        self._threads = [threading.Thread(target=self._take, args=(listener, nbytes)) for _ in range(streams)]
-        for thread in self._threads:
-            thread.start()
+        target = np.zeros(streams * nbytes if keep else 1, np.uint8).data
+        for stream in range(streams):
+            into = target[stream * nbytes : (stream + 1) * nbytes] if keep else None
+            threading.Thread(target=self._take, args=(listener, nbytes, into)).start()
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
-    def _take(self, listener: socket.socket, nbytes: int) -> None:
+    def _take(self, listener: socket.socket, nbytes: int, into: memoryview | None) -> None:
         sock, _ = listener.accept()
-        view = self._target.data[:nbytes]
+        scratch = memoryview(bytearray(BLOCK_BYTES))
         with sock:
             for at in range(0, nbytes, BLOCK_BYTES):
-                part = view[at : at + BLOCK_BYTES]
+                size = min(BLOCK_BYTES, nbytes - at)
+                part = into[at : at + size] if into is not None else scratch[:size]
                 if sock.recv_into(part, len(part), socket.MSG_WAITALL) != len(part):
                     raise RuntimeError("a plain transfer ended early")
             sock.sendall(b"k")
@@ -326,8 +332,8 @@ def _plain(
     share = image_bytes // len(survivors)
     others = k - 1  # survivors that each survivor fetches from, for every lost image
     listeners = {
-        index: cluster.ask(index, "receive_plain", others * case.lost, share) for index in survivors
-    } | {index: cluster.ask(index, "receive_plain", len(survivors), share) for index in spares}
+        index: cluster.ask(index, "receive_plain", others * case.lost, share, False) for index in survivors
+    } | {index: cluster.ask(index, "receive_plain", len(survivors), share, True) for index in spares}
     targets = {index: [listeners[spare] for spare in spares] for index in survivors}
     for at, index in enumerate(survivors):
         for step in range(1, others + 1):
