@@ -25,6 +25,7 @@ from ckptd.client.device import ORDERED_DEVICES, DeviceEvent, PendingLoss, SideS
 from ckptd.client.snapshot import CopyFunction, Group, Part, Snapshot, copy_all
 from ckptd.client.state import Survey, Tree
 from ckptd.client.tensors import spec_of
+from ckptd.failpoints import failpoint
 from ckptd.image import ImagePlan, Variable, roomy_capacity, write_variable
 
 log = logging.getLogger("ckptd")
@@ -153,6 +154,7 @@ class Capture:
             self._copy_now(snapshot, part)
         for part in _parts_of(tree, arena, slot):
             self._copy_now(snapshot, part)
+        failpoint("trainer.volatile")
         cuts: dict[torch.device, DeviceEvent] = {}
         for owners, parts in binding.quiescent[slot]:
             group = Group(owners, parts)
@@ -195,6 +197,7 @@ class Capture:
         if waited and not snapshot.awaits_audit:
             self._note_moved(snapshot)
             self._copier.poke()
+        failpoint("trainer.fenced")
 
     def _audit_due(self) -> bool:
         if not self._audit_every:
@@ -219,6 +222,7 @@ class Capture:
             for group in snapshot.groups:
                 if not group.copied.is_set():
                     self._copy_group(group)
+                    failpoint("trainer.copying")
                     group.copied.set()
         except (RuntimeError, ValueError) as error:  # the device failed, or memory is gone
             snapshot.void = f"the copy failed: {error}"

@@ -28,6 +28,7 @@ from ckptd.client.schedule import Verdict
 from ckptd.client.snapshot import Snapshot
 from ckptd.client.state import Survey, Tree
 from ckptd.client.tensors import spec_of
+from ckptd.failpoints import failpoint
 from ckptd.image import ImagePlan
 from ckptd.v1 import local_pb2
 
@@ -218,6 +219,7 @@ class Protection:
         slot = self._view.grants.pop(step)
         self._view.captured.add(step)
         self.last_captured = step
+        failpoint("trainer.cut")
         self.capture.cut(step, self._link.generation, slot, tree, loss)
 
     @contextmanager
@@ -272,7 +274,9 @@ class Protection:
                 step=snapshot.step, slot=snapshot.slot, plan_hash=snapshot.plan_hash
             )
             self._told[snapshot.step] = captured
+            failpoint("trainer.copied")
             self._tell(captured=captured)
+            failpoint("trainer.told")
         self._ended.append(snapshot)
 
     def collect(self) -> None:

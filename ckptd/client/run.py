@@ -40,6 +40,7 @@ from ckptd.client.report import ResumeReport, Skipped, Statistics
 from ckptd.client.restore import restore, verify
 from ckptd.client.settings import Environment, Place
 from ckptd.client.state import Survey
+from ckptd.failpoints import failpoint
 from ckptd.image import check_name
 from ckptd.v1 import local_pb2
 
@@ -245,6 +246,7 @@ class Run:
             self._lag_checked = False
             if self._eager:
                 self._wait_for_lag()
+        failpoint("trainer.stepped")
 
     def fence(self) -> None:
         """Call before anything changes parameters or optimizer state without a torch optimizer's step()."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptd.errors import CkptdError, CorruptImage
+from ckptd.failpoints import failpoint
 from ckptd.image.digest import CELL_BYTES, cell_digests, mismatches
 from ckptd.memory.bulk import Connection
 from ckptd.memory.change import StripeMap, can_be_base, digest_table, stripe_map
@@ -68,6 +69,7 @@ class Chunk:
                     return
                 self.pace.take(sum(view.nbytes for view in payload))
                 connection.send(self._frame(contribution=contribution), payload)
+                failpoint("daemon.sending")
             connection.answer()
         except CorruptImage:
             connection.send(self._frame(contribution=bulk_pb2.Contribution(given_up=True)))

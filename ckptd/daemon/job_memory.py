@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ckptd.errors import NotFound
+from ckptd.failpoints import failpoint
 from ckptd.image.digest import CELL_BYTES
 from ckptd.memory import records
 from ckptd.memory.arena import Arena
@@ -153,6 +154,7 @@ class JobMemory:
         if holding is None:
             return
         records.holding_path(self.directory, *key).unlink(missing_ok=True)
+        failpoint("daemon.releasing")
         self._cancel(holding)
         holding.parity = None
         self.stir()

@@ -19,6 +19,7 @@ from ckptd.daemon.receiving import Receiving
 from ckptd.daemon.serving import Serving
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CorruptImage, InvalidRequest
+from ckptd.failpoints import failpoint
 from ckptd.image.digest import cell_digests
 from ckptd.memory.bulk import Connection, message
 from ckptd.memory.holding import Holding
@@ -84,6 +85,7 @@ class Protection:
             holding.folded or not holding.protected_group
         )  # a group too small for parity has nothing to fold
         job.memory.save(holding)
+        failpoint("daemon.sealed")
         job.memory.stir()
         if holding.protected_group:
             self._send_seal(job, holding)
@@ -104,6 +106,7 @@ class Protection:
 
     async def _digest(self, job: Job, holding: Holding, rank: int) -> None:
         place = holding.places[rank]
+        failpoint("daemon.captured")
         try:
             digests = await self._loop.run_in_executor(self._pool, cell_digests, place.image)
         finally:
@@ -111,6 +114,7 @@ class Protection:
         if job.memory.holdings.get(holding.key) is not holding:
             job.changed()
             return
+        failpoint("daemon.digested")
         if holding.seal_rank(rank_seal(rank, place, digests), job.name):
             self.sealed(job, holding)
         job.changed()
@@ -207,6 +211,7 @@ class Protection:
 
     def _folded(self, job: Job, holding: Holding) -> None:
         """This node's parity of the step holds all contributions, and is digested."""
+        failpoint("daemon.folded")
         holding.folded = True
         job.memory.save(holding)
         job.changed()

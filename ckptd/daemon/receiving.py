@@ -19,6 +19,7 @@ from ckptd.daemon.bridge import Bridge
 from ckptd.daemon.job import Job
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CkptdError, CorruptImage, InvalidRequest, ProtocolMismatch
+from ckptd.failpoints import failpoint
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
 from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
 from ckptd.memory.change import StripeMap, can_be_base, digest_table, stripe_map, worthwhile
@@ -148,6 +149,7 @@ class Receiving:
         try:
             with ticket.fold.taking(ticket.stripe, ticket.node, first, cells, digests, _block()) as payload:
                 connection.receive_into(payload)
+                failpoint("daemon.receiving")
                 received = True
                 if wrong := mismatches(payload, digests):
                     self.corrupt_cells += len(wrong)
@@ -174,6 +176,7 @@ class Receiving:
             raise InvalidRequest(f"contribution to step {ticket.holding.step} refused", str(error)) from error
         if not complete:
             return
+        failpoint("daemon.folding")
         try:
             digests = fold.digests()
         except CorruptImage as error:

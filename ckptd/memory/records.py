@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from xxhash import xxh3_128_digest
 
 from ckptd.errors import CorruptImage
+from ckptd.failpoints import failpoint
 from ckptd.image.digest import DIGEST_BYTES
 from ckptd.image.names import check_name
 from ckptd.v1 import memory_pb2
@@ -42,7 +43,9 @@ def write_record(path: Path, record: memory_pb2.JobRecord | memory_pb2.HoldingRe
     whole = xxh3_128_digest(text) + text
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_bytes(whole * 2 if isinstance(record, memory_pb2.JobRecord) else whole)
+    failpoint("daemon.record-written")
     scratch.replace(path)  # tmpfs: survives the process, and needs no fsync
+    failpoint("daemon.record-renamed")
 
 
 def read_holding(path: Path) -> memory_pb2.HoldingRecord:
