@@ -22,7 +22,7 @@ import torch
 from ckptd.client.arena import Arena
 from ckptd.client.copier import Copier
 from ckptd.client.device import ORDERED_DEVICES, DeviceEvent, PendingLoss, SideStreams
-from ckptd.client.snapshot import CopyFunction, Group, Part, Snapshot, copy_all
+from ckptd.client.snapshot import Group, Part, PartCopy, Snapshot, copy_all
 from ckptd.client.state import Survey, Tree
 from ckptd.client.tensors import spec_of
 from ckptd.failpoints import failpoint
@@ -60,7 +60,7 @@ class _Binding:
     arena: Arena
     moved: frozenset[str]
     volatile: list[list[Part]] = field(init=False)  # by slot
-    quiescent: list[list[tuple[frozenset[int], list[Part]]]] = field(init=False)  # by slot
+    quiescent: list[list[tuple[frozenset[int], list[PartCopy]]]] = field(init=False)  # by slot
 
     def __post_init__(self) -> None:
         volatile: dict[torch.device, list[str]] = {}
@@ -72,7 +72,8 @@ class _Binding:
         slots = range(self.arena.slots)
         self.volatile = [self._parts(slot, volatile) for slot in slots]
         self.quiescent = [
-            [(owners, self._parts(slot, g)) for owners, g in quiescent.items()] for slot in slots
+            [(owners, [PartCopy(part) for part in self._parts(slot, g)]) for owners, g in quiescent.items()]
+            for slot in slots
         ]
 
     def _parts(self, slot: int, by_device: dict[torch.device, list[str]]) -> list[Part]:
@@ -112,7 +113,7 @@ class Capture:
         self.snapshots = 0
         self.audits = 0
         self.side = SideStreams()
-        self.copy_behind: CopyFunction = copy_all  # a seam: tests make it slow
+        self.copy_behind: Callable[[PartCopy], None] = PartCopy.run  # a seam: tests make it slow
         self._origin = origin
         self._copier = copier
         self._done = done
@@ -156,10 +157,10 @@ class Capture:
             self._copy_now(snapshot, part)
         failpoint("trainer.volatile")
         cuts: dict[torch.device, DeviceEvent] = {}
-        for owners, parts in binding.quiescent[slot]:
-            group = Group(owners, parts)
+        for owners, copies in binding.quiescent[slot]:
+            group = Group(owners, copies)
             snapshot.add(group)
-            for part in parts:
+            for part in group.parts:
                 if audit or self._eager:
                     self._copy_now(snapshot, part)
                 elif part.device.type == "cuda" and part.device not in cuts:
@@ -236,14 +237,15 @@ class Capture:
 
     def _copy_group(self, group: Group) -> None:
         # Devices first: their copies run while the host's are made.
-        for part in sorted(group.parts, key=lambda part: part.device.type == "cpu"):
-            if part.device.type == "cuda":
-                stream = self.side.of(part.device)
+        for copy in sorted(group.copies, key=lambda copy: copy.part.device.type == "cpu"):
+            device = copy.part.device
+            if device.type == "cuda":
+                stream = self.side.of(device)
                 with torch.cuda.stream(stream):
-                    self.copy_behind(part.targets, part.sources)
-                group.device_done.append(DeviceEvent(part.device, stream))
+                    self.copy_behind(copy)
+                group.device_done.append(DeviceEvent(device, stream))
             else:
-                self.copy_behind(part.targets, part.sources)
+                self.copy_behind(copy)
 
     def _attempt_to_finish(self, snapshot: Snapshot) -> bool:
         if not snapshot.attempt_to_finish():

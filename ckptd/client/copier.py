@@ -6,7 +6,9 @@ forks no thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -15,6 +17,7 @@ log = logging.getLogger("ckptd")
 
 Job = Callable[[], None]
 _POLL_S = 0.001
+_NICE = 1  # a fence may wait for it, so it must not starve
 
 
 class Copier:
@@ -55,6 +58,9 @@ class Copier:
             thread.join(timeout_s)
 
     def _run(self) -> None:
+        # On Linux niceness belongs to the thread: what is copied behind training yields to it.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while True:
             polled = any(polled for _, polled in self._waiting)
             try:

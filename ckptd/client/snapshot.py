@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from ckptd.client.device import DeviceEvent, PendingLoss
 from ckptd.client.tensors import same_bytes
 
-CopyFunction = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+# From here on a tensor is copied by one memmove instead of together with others by torch.
+_LARGE_BYTES = 64 << 10
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -30,15 +33,67 @@ class Part:
     targets: list[torch.Tensor]
 
 
+class Move(NamedTuple):
+    """Bytes that lie together at both ends."""
+
+    target: int  # address
+    source: int  # address
+    nbytes: int
+
+
+class PartCopy:
+    """How a part is copied behind the fence; made once, used for every snapshot in this slot.
+
+    On the host large tensors are moved as bytes: torch would split each among as many OpenMP
+    threads as training uses, a second team of them beside training's own.  The addresses hold
+    as long as the tensors, which this keeps.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._moves: list[Move] = []
+        self._targets: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+        for target, source in zip(part.targets, part.sources, strict=True):
+            if _moves_as_bytes(target, source):
+                self._moves.append(Move(target.data_ptr(), source.data_ptr(), target.nbytes))
+            else:
+                self._targets.append(target)
+                self._sources.append(source)
+
+    def run(self) -> None:
+        """Copies; from a CUDA device without waiting for it."""
+        for move in self._moves:
+            ctypes.memmove(*move)  # lets go of the interpreter lock
+        copy_all(self._targets, self._sources)
+
+
+def _moves_as_bytes(target: torch.Tensor, source: torch.Tensor) -> bool:
+    host = source.device.type == "cpu" and source.layout is torch.strided
+    return (
+        host
+        and source.dtype == target.dtype
+        and source.nbytes == target.nbytes >= _LARGE_BYTES
+        and source.is_contiguous()
+        and target.is_contiguous()
+        and not source.is_neg()
+        and not source.is_conj()
+    )
+
+
 @dataclass(slots=True)
 class Group:
     """Tensors of the same owners: copied one after another, waited for together."""
 
     owners: frozenset[int]  # optimizers; empty: nobody's, waited for by every fence
-    parts: list[Part]
+    copies: list[PartCopy]
     copied: threading.Event = field(default_factory=threading.Event)  # on the host; on a device: enqueued
     device_done: list[DeviceEvent] = field(default_factory=list)
     audited: bool = False
+
+    @property
+    def parts(self) -> list[Part]:
+        return [copy.part for copy in self.copies]
 
     def wait(self) -> None:
         """Returns when the tensors may change: on a device, changes are ordered behind the copy."""

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trainees import Trainee, assert_same, attach, batch, plain, seed_all, state_of
 
 from ckptd.client.run import Run
-from ckptd.client.snapshot import Group, copy_all
+from ckptd.client.snapshot import Group, PartCopy
 
 CUT = 4
 AFTER = 3
@@ -259,10 +259,10 @@ class Gate:
         monkeypatch.setattr(Group, "wait", opening)
         run._protection.capture.copy_behind = self.copy
 
-    def copy(self, targets: Any, sources: Any) -> None:
+    def copy(self, copy: PartCopy) -> None:
         self.opened.wait(PATIENCE_S)
         self.held_back += 1
-        copy_all(targets, sources)
+        copy.run()
 
 
 def train_past_the_cut(

@@ -10,7 +10,6 @@ be protected when the process died.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from ckptd.demo.strikes import Scene
 
 _DIES_S = 30.0
 _SETTLE_STEPS = 1
+UPGRADE = "upgrade"  # no failpoint: a daemon is ended in order, and its successor started
 
 
 class Sweep:
@@ -39,24 +39,14 @@ class Sweep:
         self.done: list[str] = []
         self.resumed: list[tuple[str, int, int]] = []  # (failpoint, watermark known, resumed at)
 
-    def run(
-        self, monkeypatch: pytest.MonkeyPatch, seed: int, steps: int, python_path: Path | None = None
-    ) -> DemoResult:
-        """The demo with this sweep for a strike.
-
-        Args:
-            python_path: a directory that every process of ckptd imports from first.
-        """
-        real, path = demo_cluster.base_environment, demo_cluster.python_path
+    def run(self, monkeypatch: pytest.MonkeyPatch, seed: int, steps: int) -> DemoResult:
+        """The demo with this sweep for a strike."""
+        real = demo_cluster.base_environment
 
         def environment(places: Scratch) -> dict[str, str]:
             return real(places) | {"CKPTD_FAILPOINTS": str(self.directory)}
 
         monkeypatch.setattr(demo_cluster, "base_environment", environment)
-        if python_path is not None:
-            monkeypatch.setattr(
-                demo_cluster, "python_path", lambda: os.pathsep.join([str(python_path), path()])
-            )
         monkeypatch.setattr(strikes, "STRIKES", {**strikes.STRIKES, "rank": self._strike})
         monkeypatch.setattr(story, "STRIKES", strikes.STRIKES)
         options = DemoOptions(kill="rank", nodes=2, parity=1, seed=seed, steps=steps, fork_server=True)
@@ -91,9 +81,12 @@ class Sweep:
     async def _kill_daemon(self, scene: Scene, node: Node, name: str) -> None:
         assert node.daemon is not None
         node.doomed = True
-        self._arm(name, node.daemon.pid)
-        async with asyncio.timeout(_DIES_S):
-            await node.daemon.wait()
+        if name == UPGRADE:
+            await node.daemon.end(grace_s=_DIES_S)
+        else:
+            self._arm(name, node.daemon.pid)
+            async with asyncio.timeout(_DIES_S):
+                await node.daemon.wait()
         assert not (self.directory / name).exists(), f"the daemon died elsewhere than at {name}"
         watermark = scene.board.watermark or 0
         scene.cluster.start_daemon(node)
