@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test lint soak protos clean
+.PHONY: help venv demo test lint soak mutants protos clean
 
 help:
 	@echo "make demo    run a training job, kill a node, watch it go on"
 	@echo "make test    lint, types, layers, tests (one seed per kind)"
 	@echo "make soak    the full counts (long)"
+	@echo "make mutants break our own code on purpose, 20 times (long)"
 	@echo "make protos  generate ckptd/v1 from proto/"
 
 venv: .venv/installed
@@ -32,6 +33,9 @@ lint: venv
 
 soak: lint
 	$(BIN)/python -m pytest --soak --timeout 3600
+
+mutants: venv
+	$(BIN)/python tools/mutants.py
 
 protos: venv
 	$(BIN)/python tools/protos.py

@@ -34,7 +34,11 @@ DAEMON = (
     "daemon.folded",  # it is digested, and no record says so
     "daemon.releasing",  # a holding's record is gone, and its slots are still taken
 )
-NAMES = frozenset(TRAINER + DAEMON)
+# Where a daemon may die before it serves.
+STARTING = (
+    "daemon.adopting",  # a holding of its predecessor is read and verified, and others are not
+)
+NAMES = frozenset(TRAINER + DAEMON + STARTING)
 
 _directory = os.environ.get("CKPTD_FAILPOINTS", "")
 

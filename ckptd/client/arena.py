@@ -39,7 +39,8 @@ class Arena:
                     f"{stat.st_size:,} bytes for {slots} slots of {slot_bytes:,}; "
                     f"the image takes {plan.image_bytes:,}",
                 )
-            self._map = mmap.mmap(fd, size)
+            # The daemon has taken the pages; without this the first snapshots would fault in each.
+            self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         finally:
             os.close(fd)
         self._map.madvise(mmap.MADV_DONTFORK)

@@ -11,6 +11,7 @@ from ckptd.daemon.job import Job, Trainer
 from ckptd.daemon.job_memory import NO_PLAN
 from ckptd.erasure.groups import cut
 from ckptd.errors import CkptdError, CorruptImage
+from ckptd.failpoints import failpoint
 from ckptd.image.digest import DIGEST_BYTES, cells_of, mismatches
 from ckptd.memory import records
 from ckptd.memory.arena import Arena, arena_paths
@@ -61,6 +62,8 @@ def _adopt_job(directory: Path, record: memory_pb2.JobRecord, node: str, changed
         job.trainers[seen.rank] = Trainer(
             seen.rank, seen.generation, seen.pid, state=seen.state, step=seen.step, exit=seen.exit
         )
+    for path in records.scratch_paths(directory):
+        _remove(path)
     for path in arena_paths(directory):
         try:
             arena = Arena.adopt(path)
@@ -77,6 +80,7 @@ def _adopt_job(directory: Path, record: memory_pb2.JobRecord, node: str, changed
             _remove(path)
             continue
         job.memory.holdings[holding.key] = holding
+        failpoint("daemon.adopting")
         log.info("job %s: adopted step %d of generation %d", job.name, holding.step, holding.generation)
     return job
 

@@ -71,6 +71,8 @@ class Job:
     trainers: dict[int, Trainer] = field(default_factory=dict)
     grants: dict[int, dict[int, Place]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
+    # What was promised to trainers before their arenas exist, in bytes; counts while any of them lives.
+    promised_bytes: int = 0
     # Images captured and not yet digested; a stop is confirmed only when there are none.
     digesting: int = 0
     unreachable: set[str] = field(default_factory=set)
@@ -443,5 +445,7 @@ def check_plan(plan: local_pb2.Plan) -> None:
 
 
 def held_by(jobs: Iterable[Job]) -> dict[str, int]:
-    """Bytes that each job takes on this node."""
-    return {job.name: sum(job.memory.nbytes()) for job in jobs}
+    """Bytes that each job takes on this node, or was promised."""
+    return {
+        job.name: max(sum(job.memory.nbytes()), job.promised_bytes if job.living() else 0) for job in jobs
+    }

@@ -221,6 +221,7 @@ class _Session:
     def _reserve(self, reserve: local_pb2.Reserve) -> None:
         node = self._node
         needed, available = self._job.check_budget(reserve.image_bytes, node.limit_bytes(), node.held())
+        self._job.promised_bytes = max(self._job.promised_bytes, needed)
         reserved = local_pb2.Reserved(needed_bytes=needed, available_bytes=available)
         self._link.send(local_pb2.DaemonMessage(reserved=reserved))
 

@@ -21,6 +21,8 @@ from ckptd.v1 import memory_pb2
 
 _HOLDING = re.compile(r"(\d{10})-(\d{12})\.holding")
 MAX_RECORD_BYTES = 1 << 30
+# Ends the name of a record that is being written.
+_SCRATCH = ".tmp"
 
 
 def job_directory(memory_dir: Path, job: str) -> Path:
@@ -37,11 +39,16 @@ def holding_paths(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.holding") if _HOLDING.fullmatch(path.name))
 
 
+def scratch_paths(directory: Path) -> list[Path]:
+    """What an earlier daemon was writing when it died; nobody will ever read it."""
+    return sorted(directory.glob(f"*{_SCRATCH}"))
+
+
 def write_record(path: Path, record: memory_pb2.JobRecord | memory_pb2.HoldingRecord) -> None:
     """Replaces the record at `path`; a crash leaves the old one or the new one."""
     text = record.SerializeToString()
     whole = xxh3_128_digest(text) + text
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(path.name + _SCRATCH)
     scratch.write_bytes(whole * 2 if isinstance(record, memory_pb2.JobRecord) else whole)
     failpoint("daemon.record-written")
     scratch.replace(path)  # tmpfs: survives the process, and needs no fsync

@@ -6,8 +6,11 @@ long as nobody needs it.  Here somebody does, at once:
 - `RETURNS`: a daemon dies at a failpoint, is started again and adopts what it finds; the
   moment it serves, *another* node is lost.  What that node held is decoded from the
   adopted images and parity.
+- `PROTECTS`: as before, but the job protects a new step first, in the same generation.
 - `LOST`: a trainer or a daemon dies at a failpoint, and its whole node with it.  What it
   held is decoded from what it had sent by then.
+
+A daemon may be ended in order instead (`UPGRADE`): training goes on without it.
 
 No recovery may go back behind the watermark that was known before, all ranks resume from
 one step, and every loss and the final state are those of an uninterrupted control.
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +31,20 @@ from ckptd import failpoints
 from ckptd.demo import cluster as demo_cluster
 from ckptd.demo import story, strikes
 from ckptd.demo.channels import serving
+from ckptd.demo.children import Child
 from ckptd.demo.cluster import READY_S, Node
 from ckptd.demo.options import DemoOptions
 from ckptd.demo.result import DemoResult
 from ckptd.demo.scratch import Scratch
 from ckptd.demo.strikes import BACK_S, Scene
 
+UPGRADE = "upgrade"  # no failpoint: SIGTERM to a daemon
 RETURNS = "its daemon returns, and another node is lost"
+PROTECTS = "its daemon returns, a step is protected, and another node is lost"
 LOST = "its node is lost"
 NODES = 3  # with m = 1, parity is the sum of two nodes' data
 _DIES_S = 30.0
+_STEPS_WITHOUT = 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Survived:
 
 
 class Losses:
-    """Takes one job through `blows`, (failpoint, RETURNS or LOST) each; `survived` grows with them."""
+    """Takes one job through `blows`, (failpoint, what follows) each; `survived` grows with them."""
 
     def __init__(self, directory: Path, blows: Sequence[tuple[str, str]], seed: int) -> None:
         self.survived: list[Survived] = []
@@ -78,14 +86,15 @@ class Losses:
         for name, what in self._blows:
             await self._protected(scene)
             victim, other = (scene.cluster.node_of(rank) for rank in self._chance.sample(range(NODES), 2))
-            scene.board.calm = False
-            await self._die_at(name, victim)
-            if what == RETURNS:
+            generation = scene.cluster.generation()
+            scene.board.calm = what != LOST  # trainers may fail when a node is lost, and not before
+            await self._die(scene, victim, name)
+            if what != LOST:
                 await self._return(scene, victim)
-                lost = other
-            else:
-                lost = victim
-            await self._lose(scene, lost, name, what)
+                if what == PROTECTS:
+                    await scene.protected_anew()
+                assert scene.cluster.generation() == generation, "training did not go on"
+            await self._lose(scene, victim if what == LOST else other, name, what)
 
     async def _protected(self, scene: Scene) -> None:
         """Returns when this generation has protected a step of its own: till then m nodes may not go."""
@@ -98,15 +107,30 @@ class Losses:
         await scene.step(history.reached() + 1)
         await board.until(own, BACK_S, "a step protected in this generation")
 
-    async def _die_at(self, name: str, victim: Node) -> None:
-        """Returns when the process has died at its failpoint, and nowhere else."""
-        if name in failpoints.TRAINER:
+    async def _die(self, scene: Scene, victim: Node, name: str) -> None:
+        if name == UPGRADE:
+            await self._end(scene, victim)
+        elif name in failpoints.TRAINER:
             (trainer,) = victim.launcher.living()
-            process = trainer.child
+            await self._die_at(name, trainer.child)
         else:
             assert victim.daemon is not None
             victim.doomed = True
-            process = victim.daemon
+            if name in failpoints.STARTING:
+                victim.daemon.send(signal.SIGKILL)
+                await victim.daemon.wait()
+                scene.cluster.start_daemon(victim)
+            await self._die_at(name, victim.daemon)
+
+    async def _end(self, scene: Scene, node: Node) -> None:
+        """Ends a daemon in order, and returns when training has gone on without it."""
+        assert node.daemon is not None
+        node.doomed = True
+        assert await node.daemon.end(grace_s=_DIES_S) == 0
+        await scene.step(scene.board.history.reached() + _STEPS_WITHOUT)
+
+    async def _die_at(self, name: str, process: Child) -> None:
+        """Returns when the process has died at its failpoint, and nowhere else."""
         armed = self._directory / name
         scratch = armed.with_suffix(".part")
         scratch.write_text(str(process.pid))
@@ -117,8 +141,8 @@ class Losses:
 
     async def _return(self, scene: Scene, node: Node) -> None:
         scene.cluster.start_daemon(node)
-        node.doomed = False
         await serving(node.channel, f"the daemon of {node.name}", READY_S)
+        node.doomed = False  # not before: the end of the one before is still to be noticed
 
     async def _lose(self, scene: Scene, node: Node, name: str, what: str) -> None:
         """Takes a node with its memory, waits for the job, and brings the node back as an empty spare."""
@@ -128,7 +152,7 @@ class Losses:
         assert watermark is not None
         await scene.killer.strike([(pid, "SIGKILL") for pid in node.pids()], [node.memory])
         await board.until(
-            lambda: scene._back(generation) is not None, BACK_S, f"the job after {name} and {what}"
+            lambda: scene._back(generation) is not None, BACK_S, f"the job after {name}, {what}"
         )
         board.calm = True
         newest = max(history.generations())

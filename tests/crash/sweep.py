@@ -10,6 +10,7 @@ be protected when the process died.
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,15 +28,16 @@ from ckptd.demo.strikes import Scene
 
 _DIES_S = 30.0
 _SETTLE_STEPS = 1
+PAUSE = "pause"  # no failpoint: a daemon stands still for a step, and goes on
 UPGRADE = "upgrade"  # no failpoint: a daemon is ended in order, and its successor started
 
 
 class Sweep:
-    """Runs a job through `names`, each once per round; `done` says where processes died."""
+    """Runs a job through `names`; `done` says where processes died."""
 
-    def __init__(self, directory: Path, names: Sequence[str], rounds: int = 1) -> None:
+    def __init__(self, directory: Path, names: Sequence[str]) -> None:
         self.directory = directory
-        self.names = list(names) * rounds
+        self.names = list(names)
         self.done: list[str] = []
         self.resumed: list[tuple[str, int, int]] = []  # (failpoint, watermark known, resumed at)
 
@@ -80,6 +82,12 @@ class Sweep:
 
     async def _kill_daemon(self, scene: Scene, node: Node, name: str) -> None:
         assert node.daemon is not None
+        if name == PAUSE:
+            node.daemon.send(signal.SIGSTOP)
+            await scene.step(scene.board.history.reached() + 1)  # training does not wait for it
+            node.daemon.send(signal.SIGCONT)
+            await scene.protected_anew()
+            return
         node.doomed = True
         if name == UPGRADE:
             await node.daemon.end(grace_s=_DIES_S)

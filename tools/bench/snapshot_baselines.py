@@ -29,7 +29,7 @@ def measure(tensors: Sequence[Tensor], repeat: int) -> dict[str, Any]:
 
     Args:
         tensors: the state of this rank; all on the CPU.
-        repeat: how often each is done, after one time for warming up.
+        repeat: how often each is done together (alone: half as often), after one time for warming up.
     """
     sources = [_bytes_of(tensor) for tensor in tensors]
     size = sum(source.size for source in sources)
@@ -49,7 +49,7 @@ def measure(tensors: Sequence[Tensor], repeat: int) -> dict[str, Any]:
     with _Transfer(flat, target) as transfer:
         results["transfer"] = {
             "together": _timed(transfer.both_ways, repeat, [0, 1]),
-            "alone": _timed(transfer.from_rank_0, repeat, [0, 1]),
+            "alone": _timed(transfer.from_rank_0, (repeat + 1) // 2, [0, 1]),
         }
     return results
 
@@ -68,7 +68,7 @@ def _slices(whole: Bytes, like: Sequence[Bytes]) -> list[Bytes]:
 
 
 def _together_and_alone(action: Callable[[], object], repeat: int) -> dict[str, Any]:
-    return {"together": _timed(action, repeat, [0, 1]), "alone": _timed(action, repeat, [0])}
+    return {"together": _timed(action, repeat, [0, 1]), "alone": _timed(action, (repeat + 1) // 2, [0])}
 
 
 def _timed(action: Callable[[], object], repeat: int, ranks: Sequence[int]) -> dict[str, list[float]]:
@@ -91,11 +91,12 @@ class _Transfer:
     def __init__(self, source: Bytes, target: Bytes) -> None:
         self._source, self._target = memoryview(source), memoryview(target)
         self._rank = dist.get_rank()
-        sizes: list[Any] = [None, None]
         listener = socket.create_server(("127.0.0.1", 0))
         listener.settimeout(_DEADLINE_S)
-        dist.all_gather_object(sizes, (listener.getsockname()[1], source.size))
-        port, self._incoming = sizes[1 - self._rank]
+        mine = torch.tensor([listener.getsockname()[1], source.size])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        port, self._incoming = (int(number) for number in both[1 - self._rank])
         self._out = socket.create_connection(("127.0.0.1", port), timeout=_DEADLINE_S)
         self._in, _ = listener.accept()
         listener.close()
