@@ -21,8 +21,9 @@ import torch
 
 from ckptd.client.arena import Arena
 from ckptd.client.copier import Copier
+from ckptd.client.copying import copy_all
 from ckptd.client.device import ORDERED_DEVICES, DeviceEvent, PendingLoss, SideStreams
-from ckptd.client.snapshot import Group, Part, PartCopy, Snapshot, copy_all
+from ckptd.client.snapshot import Group, Part, Snapshot
 from ckptd.client.state import Survey, Tree
 from ckptd.client.tensors import spec_of
 from ckptd.failpoints import failpoint
@@ -60,7 +61,7 @@ class _Binding:
     arena: Arena
     moved: frozenset[str]
     volatile: list[list[Part]] = field(init=False)  # by slot
-    quiescent: list[list[tuple[frozenset[int], list[PartCopy]]]] = field(init=False)  # by slot
+    quiescent: list[list[tuple[frozenset[int], list[Part]]]] = field(init=False)  # by slot
 
     def __post_init__(self) -> None:
         volatile: dict[torch.device, list[str]] = {}
@@ -72,8 +73,7 @@ class _Binding:
         slots = range(self.arena.slots)
         self.volatile = [self._parts(slot, volatile) for slot in slots]
         self.quiescent = [
-            [(owners, [PartCopy(part) for part in self._parts(slot, g)]) for owners, g in quiescent.items()]
-            for slot in slots
+            [(owners, self._parts(slot, g)) for owners, g in quiescent.items()] for slot in slots
         ]
 
     def _parts(self, slot: int, by_device: dict[torch.device, list[str]]) -> list[Part]:
@@ -113,7 +113,7 @@ class Capture:
         self.snapshots = 0
         self.audits = 0
         self.side = SideStreams()
-        self.copy_behind: Callable[[PartCopy], None] = PartCopy.run  # a seam: tests make it slow
+        self.behind: Callable[[], None] = lambda: None  # the first thing that is done behind a cut
         self._origin = origin
         self._copier = copier
         self._done = done
@@ -157,16 +157,15 @@ class Capture:
             self._copy_now(snapshot, part)
         failpoint("trainer.volatile")
         cuts: dict[torch.device, DeviceEvent] = {}
-        for owners, copies in binding.quiescent[slot]:
-            group = Group(owners, copies)
+        for owners, parts in binding.quiescent[slot]:
+            group = Group(owners, parts)
             snapshot.add(group)
-            for part in group.parts:
-                if audit or self._eager:
-                    self._copy_now(snapshot, part)
-                elif part.device.type == "cuda" and part.device not in cuts:
-                    cuts[part.device] = DeviceEvent(part.device)
             if audit or self._eager:
-                group.copied.set()
+                self._copy_group_now(snapshot, group)
+                continue
+            for part in group.devices:
+                if part.device not in cuts:
+                    cuts[part.device] = DeviceEvent(part.device)
         self.copied_bytes += arena.plan.image_bytes
         self._current = snapshot
         self._copier.submit(lambda: self._copy_groups(snapshot, cuts))
@@ -193,11 +192,14 @@ class Capture:
 
     def _fence(self, snapshot: Snapshot, groups: list[Group]) -> None:
         waited = snapshot.awaits_audit
+        took = False
         for group in groups:
-            snapshot.fence(group)
-        if waited and not snapshot.awaits_audit:
+            took |= snapshot.fence(group)
+        audited = waited and not snapshot.awaits_audit
+        if audited:
             self._note_moved(snapshot)
-            self._copier.poke()
+        if audited or took:
+            self._copier.poke()  # the snapshot may be complete
         failpoint("trainer.fenced")
 
     def _audit_due(self) -> bool:
@@ -215,37 +217,41 @@ class Capture:
         if part.device.type == "cuda":
             snapshot.cut_done.append(DeviceEvent(part.device))
 
+    def _copy_group_now(self, snapshot: Snapshot, group: Group) -> None:
+        group.copy_host()
+        for part in group.devices:
+            self._copy_now(snapshot, part)
+        if group.devices:
+            group.one_less()
+
     def _copy_groups(self, snapshot: Snapshot, cuts: dict[torch.device, DeviceEvent]) -> None:
         """The copier's job: copies, then leaves the snapshot to be finished."""
-        try:
-            for device, cut in cuts.items():
-                cut.hold_back(self.side.of(device))
-            for group in snapshot.groups:
-                if not group.copied.is_set():
-                    self._copy_group(group)
-                    failpoint("trainer.copying")
-                    group.copied.set()
-        except (RuntimeError, ValueError) as error:  # the device failed, or memory is gone
-            snapshot.void = f"the copy failed: {error}"
-            log.exception("the snapshot of step %d could not be copied", snapshot.step)
-        finally:
-            # A fence must never wait for a copy that will not come.
-            for group in snapshot.groups:
-                group.copied.set()
+        self.behind()
+        # Devices first: their copies run while the host's are made.
+        waiting = [group for group in snapshot.groups if not group.copied.is_set()]
+        self._enqueue([group for group in waiting if group.devices], cuts)
+        for group in waiting:
+            group.copy_host()
+            failpoint("trainer.copying")
         polled = bool(snapshot.cut_done or cuts or snapshot.loss.on_device)
         self._copier.finish_later(lambda: self._attempt_to_finish(snapshot), polled=polled)
 
-    def _copy_group(self, group: Group) -> None:
-        # Devices first: their copies run while the host's are made.
-        for copy in sorted(group.copies, key=lambda copy: copy.part.device.type == "cpu"):
-            device = copy.part.device
-            if device.type == "cuda":
-                stream = self.side.of(device)
-                with torch.cuda.stream(stream):
-                    self.copy_behind(copy)
-                group.device_done.append(DeviceEvent(device, stream))
-            else:
-                self.copy_behind(copy)
+    def _enqueue(self, groups: list[Group], cuts: dict[torch.device, DeviceEvent]) -> None:
+        """Copies the groups' tensors from their devices, on the side streams behind the cut."""
+        try:
+            for device, cut in cuts.items():
+                cut.hold_back(self.side.of(device))
+            for group in groups:
+                for part in group.devices:
+                    stream = self.side.of(part.device)
+                    with torch.cuda.stream(stream):
+                        copy_all(part.targets, part.sources)
+                    group.device_done.append(DeviceEvent(part.device, stream))
+                group.one_less()
+        except (RuntimeError, ValueError) as error:  # the device failed, or memory is gone
+            for group in groups:
+                if not group.copied.is_set():
+                    group.fail(error)
 
     def _attempt_to_finish(self, snapshot: Snapshot) -> bool:
         if not snapshot.attempt_to_finish():

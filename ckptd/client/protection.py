@@ -191,6 +191,8 @@ class Protection:
 
     def _prepare(self, step: int) -> Tree | None:
         """Returns the tree to capture if `step` is to be captured now; brings plan and arena up to date."""
+        if self._arena is not None and self._passes(step):
+            return None
         with self._keeping_on(step):
             self._renew()
             if self._arena is None:
@@ -203,6 +205,11 @@ class Protection:
             if verdict is Verdict.NO_SLOT:
                 self._give_up(step, verdict.value)
         return None
+
+    def _passes(self, step: int) -> bool:
+        """Whether `step` is surely not captured, so that nothing need be looked at."""
+        verdict = self._view.verdict(step)
+        return verdict is Verdict.NOT_DUE or (verdict is Verdict.UNKNOWN and self._bounds.max_lag is None)
 
     def _fitting_tree(self, step: int) -> Tree | None:
         """Returns the tree as it is now, after a new plan where it outgrew the old one."""

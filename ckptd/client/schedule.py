@@ -52,8 +52,9 @@ class ScheduleView:
             self.schedule.watermark, self.schedule.has_watermark = before, True
         self.known = True
         self.grants = {grant.step: grant.slot for grant in message.grants}
+        forgotten = self._forgotten
         for steps in (self.captured, self.given_up):
-            steps.difference_update([step for step in steps if step <= self._forgotten])
+            steps.difference_update([step for step in steps if step <= forgotten])
 
     @property
     def _forgotten(self) -> int:
@@ -92,8 +93,9 @@ class ScheduleView:
         A daemon that was away may name steps that others know to be protected: a step
         that this rank captured is never given up here.
         """
-        done = self.captured.union(self.given_up, self.schedule.aborted, [self.floor])
-        return [due for due in self.schedule.due if self._forgotten < due <= step and due not in done]
+        passed = [due for due in self.schedule.due if self._forgotten < due <= step and due != self.floor]
+        known = (self.captured, self.given_up, self.schedule.aborted)
+        return [due for due in passed if not any(due in steps for steps in known)]
 
     def lag(self, step: int) -> int:
         """Returns how many completed steps are unprotected when `step` is the newest completed one."""
@@ -103,5 +105,5 @@ class ScheduleView:
         """Whether the watermark can grow without another step of this rank."""
         if self.standing:
             return False
-        given_up = self.given_up.union(self.schedule.aborted)
-        return any(step > self.watermark and step not in given_up for step in self.captured)
+        watermark, given_up = self.watermark, self.given_up.union(self.schedule.aborted)
+        return any(step > watermark and step not in given_up for step in self.captured)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import deque
+from dataclasses import dataclass
 
 import torch
 
+from ckptd.client.copying import Piece, pieces_of
 from ckptd.client.device import DeviceEvent, PendingLoss
 from ckptd.client.tensors import same_bytes
 
-# From here on a tensor is copied by one memmove instead of together with others by torch.
-_LARGE_BYTES = 64 << 10
+log = logging.getLogger("ckptd")
 
 
-def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copies tensors pairwise; from a CUDA device into pinned memory without waiting for it."""
-    if targets:
-        torch._foreach_copy_(tuple(targets), tuple(sources), non_blocking=True)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """Tensors on one device, and their places in one slot."""
 
@@ -31,76 +24,82 @@ class Part:
     names: list[str]
     sources: list[torch.Tensor]
     targets: list[torch.Tensor]
-
-
-class Move(NamedTuple):
-    """Bytes that lie together at both ends."""
-
-    target: int  # address
-    source: int  # address
-    nbytes: int
-
-
-class PartCopy:
-    """How a part is copied behind the fence; made once, used for every snapshot in this slot.
-
-    On the host large tensors are moved as bytes: torch would split each among as many OpenMP
-    threads as training uses, a second team of them beside training's own.  The addresses hold
-    as long as the tensors, which this keeps.
-    """
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self._moves: list[Move] = []
-        self._targets: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
-        for target, source in zip(part.targets, part.sources, strict=True):
-            if _moves_as_bytes(target, source):
-                self._moves.append(Move(target.data_ptr(), source.data_ptr(), target.nbytes))
-            else:
-                self._targets.append(target)
-                self._sources.append(source)
-
-    def run(self) -> None:
-        """Copies; from a CUDA device without waiting for it."""
-        for move in self._moves:
-            ctypes.memmove(*move)  # lets go of the interpreter lock
-        copy_all(self._targets, self._sources)
-
-
-def _moves_as_bytes(target: torch.Tensor, source: torch.Tensor) -> bool:
-    host = source.device.type == "cpu" and source.layout is torch.strided
-    return (
-        host
-        and source.dtype == target.dtype
-        and source.nbytes == target.nbytes >= _LARGE_BYTES
-        and source.is_contiguous()
-        and target.is_contiguous()
-        and not source.is_neg()
-        and not source.is_conj()
-    )
-
-
-@dataclass(slots=True)
-class Group:
-    """Tensors of the same owners: copied one after another, waited for together."""
-
-    owners: frozenset[int]  # optimizers; empty: nobody's, waited for by every fence
-    copies: list[PartCopy]
-    copied: threading.Event = field(default_factory=threading.Event)  # on the host; on a device: enqueued
-    device_done: list[DeviceEvent] = field(default_factory=list)
-    audited: bool = False
+    _pieces: list[Piece] | None = None
 
     @property
-    def parts(self) -> list[Part]:
-        return [copy.part for copy in self.copies]
+    def on_host(self) -> bool:
+        return self.device.type == "cpu"
 
-    def wait(self) -> None:
-        """Returns when the tensors may change: on a device, changes are ordered behind the copy."""
-        # The copier always sets this, also when it fails.
+    def pieces(self) -> list[Piece]:
+        """Returns what copies a part on the host; made once, used for every snapshot in this slot."""
+        if self._pieces is None:
+            self._pieces = pieces_of(self.targets, self.sources)
+        return self._pieces
+
+
+class Group:
+    """Tensors of the same owners: waited for together.
+
+    Those on the host are copied in pieces by whoever has time: the copier, and a fence
+    that would wait for it.  So no fence depends on when the copier gets a processor.
+    """
+
+    def __init__(self, owners: frozenset[int], parts: list[Part]) -> None:
+        self.owners = owners  # optimizers; empty: nobody's, waited for by every fence
+        self.parts = parts
+        self.devices = [part for part in parts if not part.on_host]
+        self.copied = threading.Event()  # on the host; on a device: enqueued
+        self.device_done: list[DeviceEvent] = []
+        self.audited = False
+        self.failure = ""  # why it was not copied
+        self._left = deque(piece for part in parts if part.on_host for piece in part.pieces())
+        self._lock = threading.Lock()
+        # What must end before all is copied: every piece, and the enqueuing of the devices' parts.
+        self._unfinished = len(self._left) + bool(self.devices)
+        if not self._unfinished:
+            self.copied.set()
+
+    def copy_host(self) -> bool:
+        """Copies what nobody has begun to copy; returns whether there was anything."""
+        took = False
+        while self._left:
+            try:
+                piece = self._left.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            took = True
+            try:
+                piece()
+            except (RuntimeError, ValueError) as error:  # memory is gone
+                self.fail(error)
+            self.one_less()
+        return took
+
+    def one_less(self) -> None:
+        """Called when something ended that had to end before all is copied."""
+        with self._lock:
+            self._unfinished -= 1
+            if self._unfinished == 0:
+                self.copied.set()
+
+    def fail(self, error: Exception) -> None:
+        """Gives the copy up: no fence may wait for one that will not come."""
+        log.error("a snapshot could not be copied: %s", error, exc_info=error)
+        self.failure = self.failure or f"the copy failed: {error}"
+        self._left.clear()
+        self.copied.set()
+
+    def wait(self) -> bool:
+        """Returns when the tensors may change: on a device, changes are ordered behind the copy.
+
+        Copies what is left itself, and returns whether there was anything.
+        """
+        took = self.copy_host()
+        # For the piece that the copier is at, and for what it has to enqueue.
         self.copied.wait()
         for event in self.device_done:
             event.hold_back()
+        return took
 
 
 class Snapshot:
@@ -129,14 +128,15 @@ class Snapshot:
         self.groups.append(group)
         self._unaudited += self.audit
 
-    def fence(self, group: Group) -> None:
-        """Waits for one group, and audits it if this snapshot is to be."""
-        group.wait()
+    def fence(self, group: Group) -> bool:
+        """Waits for one group, and audits it if this snapshot is to be; whether it copied itself."""
+        took = group.wait()
         if self.audit and not group.audited:
             group.audited = True
             for part in group.parts:
                 self._compare(part)
             self._unaudited -= 1
+        return took
 
     @property
     def awaits_audit(self) -> bool:
@@ -144,7 +144,7 @@ class Snapshot:
 
     def attempt_to_finish(self) -> bool:
         """Whether all bytes are in place and judged; then `void`, `moved` and `not_finite` are final."""
-        if self._unaudited > 0:
+        if self._unaudited > 0 or not all(group.copied.is_set() for group in self.groups):
             return False
         events = [*self.cut_done, *(event for group in self.groups for event in group.device_done)]
         events += [event for _, _, event in self._verdicts]
@@ -156,9 +156,12 @@ class Snapshot:
         self.not_finite = not finite
         while self._verdicts:
             self._judge(*self._verdicts.pop()[:2])
+        failures = [group.failure for group in self.groups if group.failure]
         if self.not_finite:
             self.void = "the loss is not finite"
-        elif self.moved and not self.void:
+        elif failures:
+            self.void = failures[0]
+        elif self.moved:
             self.void = f"changed between the cut and the fence: {', '.join(self.moved[:3])}"
         return True
 

@@ -28,9 +28,10 @@ from ckptd.daemon.job import Job
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CkptdError, CorruptImage, NotEnoughCells
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
-from ckptd.memory.bulk import BLOCK_CELLS, yield_to_training
+from ckptd.memory.bulk import BLOCK_CELLS
 from ckptd.memory.holding import Holding, Parity, node_digests
 from ckptd.memory.rebuild import Rebuild
+from ckptd.memory.yielding import yield_to_training
 from ckptd.v1 import bulk_pb2, common_pb2
 
 log = logging.getLogger("ckptd.scrub")

@@ -25,6 +25,7 @@ from ckptd.daemon.settings import DaemonSettings
 from ckptd.daemon.trainers import TrainerServer, clear_socket
 from ckptd.errors import InvalidRequest, NoSpace, Unreachable
 from ckptd.memory.bulk import BulkServer
+from ckptd.memory.yielding import yield_session_to_training
 from ckptd.rpc import make_server
 from ckptd.v1 import daemon_pb2, daemon_pb2_grpc
 
@@ -61,6 +62,7 @@ async def serve(settings: DaemonSettings) -> None:
 
 async def _run(node: Node, stop: asyncio.Event) -> None:
     settings = node.settings
+    yield_session_to_training(settings.bulk_nice)
     clear_socket(settings.socket)
     bulk = _bulk_server(node)
     try:

@@ -18,6 +18,7 @@ from ckptd.errors import CorruptImage, NoSpace
 from ckptd.image.digest import CELL_BYTES
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
+_POPULATED_BYTES = 8 << 20  # a millisecond or two
 _NAME = re.compile(r"(?P<label>[a-z]+-\d{5})\.(?P<plan>[0-9a-f]{32})\.(?P<slots>\d{1,3})\.arena")
 
 
@@ -85,7 +86,11 @@ class Arena:
         except OSError as error:
             raise self._no_space(error) from error
         with contextlib.suppress(OSError):  # before Linux 5.14 the first snapshots take the page faults
-            self._map.madvise(_MADV_POPULATE_WRITE)
+            # madvise() keeps the interpreter's lock and the process's map: in one piece, a large arena would
+            # silence the daemon for so long that it is declared dead.
+            for begin in range(0, self.nbytes, _POPULATED_BYTES):
+                length = min(_POPULATED_BYTES, self.nbytes - begin)
+                self._map.madvise(_MADV_POPULATE_WRITE, begin, length)
         self.whole = True
 
     def write(self, slot: int, offset: int, content: memoryview) -> None:

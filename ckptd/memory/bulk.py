@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import struct
 import threading
@@ -27,6 +26,7 @@ from ckptd.errors import (
     Unreachable,
 )
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES
+from ckptd.memory.yielding import yield_to_training
 from ckptd.protocol import PROTOCOL
 from ckptd.v1 import bulk_pb2, common_pb2
 
@@ -336,9 +336,3 @@ def refusal(error: CkptdError) -> bulk_pb2.BulkHeader:
     """The answer that carries `error` to the peer."""
     wire = common_pb2.Error(what=error.what, why=error.why, next=error.next)
     return bulk_pb2.BulkHeader(refused=bulk_pb2.Refused(error=wire))
-
-
-def yield_to_training(nice: int) -> None:
-    """Lowers the calling thread's priority: on Linux niceness belongs to the thread."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

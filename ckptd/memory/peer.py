@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ckptd.errors import CkptdError
-from ckptd.memory.bulk import Connection, Refusal, yield_to_training
+from ckptd.memory.bulk import Connection, Refusal
+from ckptd.memory.yielding import yield_to_training
 
 log = logging.getLogger("ckptd.peer")
 

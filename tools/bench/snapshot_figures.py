@@ -50,8 +50,11 @@ def variant(ranks: Ranks, nothing_cpu_per_step_s: float | None) -> dict[str, Any
     """
     first = ranks[0]
     steps = len(first["steps_s"])
-    blocked = [max(values) for values in zip(*(rank["blocked_s"] for rank in ranks), strict=True)]
-    cuts = {step: min(rank["cuts"][at][1] for rank in ranks) for at, (step, _) in enumerate(first["cuts"])}
+    by_rank = [dict(zip((s for s, _ in rank["cuts"]), rank["blocked_s"], strict=True)) for rank in ranks]
+    times_by_rank = [dict(rank["cuts"]) for rank in ranks]
+    everywhere = [step for step, _ in first["cuts"] if all(step in times for times in times_by_rank)]
+    blocked = [max(rank[step] for rank in by_rank) for step in everywhere]
+    cuts = {step: min(times[step] for times in times_by_rank) for step in everywhere}
     finished = {
         step: max(_known_at(rank, step) for rank in ranks) for step, _ in first["finished"] if step in cuts
     }
@@ -64,12 +67,24 @@ def variant(ranks: Ranks, nothing_cpu_per_step_s: float | None) -> dict[str, Any
         "mean_step_s": sum(first["steps_s"]) / steps,
         "interval_s": summary([later - sooner for sooner, later in pairwise(times)]),
         "cut_to_finished_s": summary([at - cuts[step] for step, at in finished.items()]),
-        "cpu": _cpu(ranks, steps, len(finished), nothing_cpu_per_step_s),
+        "cpu": _cpu(ranks, steps, _completed(first, len(finished)), nothing_cpu_per_step_s),
     }
     if any(first["report"].values()):
         figures["daemons_idle_cpu_per_s"] = first["daemons_idle_cpu_per_s"]
+        figures["blocked_in_steps_without_a_cut_s"] = summary([s for rank in ranks for s in rank["passed_s"]])
         figures["statistics"] = [rank["report"] for rank in ranks]
     return figures
+
+
+def _completed(rank: dict[str, Any], seen: int) -> int:
+    """How many snapshots of the loop were finished in the end.
+
+    ckptd's watermark may pass several steps at once: all that were cut and not dropped became protected.
+    """
+    if "protected_step" not in rank["report"]:
+        return seen
+    report = rank["report"]
+    return sum(step <= report["protected_step"] for step, _ in rank["cuts"]) - sum(report["dropped"].values())
 
 
 def _known_at(rank: dict[str, Any], step: int) -> float:

@@ -144,10 +144,11 @@ class Loop:
         self.steps_s: list[float] = []
         self.cuts: list[tuple[int, float]] = []
         self.blocked_s: list[float] = []
+        self.passed_s: list[float] = []  # blocked in steps that ckptd did not capture
         self.housekeeping_cpu_s = 0.0
         self._training, self._saver, self._options = training, saver, options
         self._step = 0
-        self._pending = 0.0  # blocked since the last cut
+        self._pending = 0.0  # blocked since the last save
         self._all_idle = True
         self._kept: list[int] = []  # snapshots on tmpfs, oldest first
 
@@ -156,7 +157,7 @@ class Loop:
         variant = self._options.variant
         self._run(WARMUP.get(variant, WARMUP_DEFAULT), _SETTLE_S)
         self.settle()
-        self.steps_s, self.cuts, self.blocked_s = [], [], []
+        self.steps_s, self.cuts, self.blocked_s, self.passed_s = [], [], [], []
         self._saver.blocked_s(0.0)
         self._saver.finished.clear()
         self.housekeeping_cpu_s = 0.0
@@ -184,6 +185,7 @@ class Loop:
             self._waits(self._saver.fence)
             self._training.update(loss)
             self._saver.release()
+            self._count_fence()
             self._step += 1
             finished = self._finished() if self._saver.every_step else 0
             late = time.monotonic() > end and len(self.cuts) >= min(snapshots, _LEAST_CUTS)
@@ -195,6 +197,7 @@ class Loop:
             self.steps_s.append(time.perf_counter() - began - housekeeping)
         self._waits(self._saver.fence)  # what the next step would have waited for
         self._saver.release()
+        self._count_fence()
         if self.blocked_s and self._options.variant != "ckptd":
             self.blocked_s[-1] += self._pending
             self._pending = 0.0
@@ -209,15 +212,26 @@ class Loop:
         action(*arguments)
         self._pending += time.perf_counter() - began
 
+    def _count_fence(self) -> None:
+        """ckptd counts by itself; what it waited for in the optimizer's step belongs to the last snapshot."""
+        if self._options.variant == "ckptd" and self.blocked_s:
+            kept = self.blocked_s if self._saver.cut else self.passed_s
+            kept[-1] += self._saver.blocked_s(0.0)
+
     def _cut(self) -> None:
-        """A fence belongs to the snapshot before it; ckptd counts by itself, from save to save."""
+        """A fence belongs to the snapshot before it."""
         if self.blocked_s and self._options.variant != "ckptd":
             self.blocked_s[-1] += self._pending
         self._pending = 0.0
-        self.cuts.append((self._step, time.monotonic()))
+        at = time.monotonic()
         self._waits(self._saver.save, self._step)
-        self.blocked_s.append(self._saver.blocked_s(self._pending))
+        blocked = self._saver.blocked_s(self._pending)
         self._pending = 0.0
+        if self._saver.cut:
+            self.cuts.append((self._step, at))
+            self.blocked_s.append(blocked)
+        else:
+            self.passed_s.append(blocked)
 
     def _meet(self, loss: Tensor, enough: bool) -> bool:
         """The step's meeting with the other rank; whether any has measured enough."""
@@ -273,6 +287,7 @@ def measure_variant(training: Training, options: Options) -> dict[str, Any]:
         "steps_s": loop.steps_s,
         "cuts": loop.cuts,
         "blocked_s": loop.blocked_s,
+        "passed_s": loop.passed_s,
         "finished": saver.finished,
         "cpu_s": spent | {"housekeeping": loop.housekeeping_cpu_s},
         "daemons_idle_cpu_per_s": idle.since()["daemons"] / _IDLE_S,

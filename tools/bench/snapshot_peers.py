@@ -33,6 +33,7 @@ class Saver(Protocol):
     # (step, CLOCK_MONOTONIC) of every snapshot that is finished on this rank.
     finished: list[tuple[int, float]]
     every_step: bool  # a new snapshot may begin before the last one is finished
+    cut: bool  # whether the last call of `save` began a snapshot; ckptd leaves out steps that are not due
 
     def fence(self) -> None:
         """Before the optimizer changes anything."""
@@ -63,6 +64,7 @@ class Nothing:
     """Saves nothing; the base of the others."""
 
     every_step = False
+    cut = True
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
         self.model, self.optimizer, self.directory = model, optimizer, directory
@@ -223,6 +225,8 @@ class Ckptd(Nothing):
 
     def save(self, step: int) -> None:
         self.run.step()
+        # Not in statistics(): they would count what is finished only.
+        self.cut = self.run._protection.last_captured == self.run.statistics().step
 
     def blocked_s(self, outside: float) -> float:
         total = self.run.statistics().blocked_s
