@@ -35,6 +35,7 @@ from ckptd.v1 import local_pb2
 log = logging.getLogger("ckptd")
 
 NOT_FINITE = "the loss is not finite"
+BUSY = "protection was busy with earlier steps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Protection:
             self._return(step - 1)
         self._judge_losses()
         if self._link.detached:
+            self._count_passed(step)
             return
         self._give_up_missed(step - 1)
         tree = None if self._held else self._prepare(step)
@@ -108,6 +110,8 @@ class Protection:
         self._tell(progress=local_pb2.Progress(step=step))
         if tree is not None and step in self._view.grants:
             self._cut(step, tree, pending)
+        else:
+            self._count_passed(step)
 
     def take_news(self) -> None:
         """Takes in what the daemon pushed and what the copier ended.
@@ -260,6 +264,20 @@ class Protection:
         if not known and not self._link.detached and self._link.fatal is None:
             self._waited_in_vain(f"no slot was granted for step {step}")
         return view.verdict(step)
+
+    def _count_passed(self, step: int) -> None:
+        """Counts a step that `every` asked for and nobody captures, with the reason that is known here."""
+        if step % self._link.terms.every or step in self._view.given_up:
+            return
+        if self._link.detached:
+            reason = "no daemon"
+        elif self._held:
+            reason = NOT_FINITE
+        elif step in self._view.schedule.aborted:
+            reason = "another rank gave it up"
+        else:
+            reason = self._view.standing or BUSY
+        self.dropped[reason] += 1
 
     def _give_up_missed(self, passed: int) -> None:
         for step in self._view.missed(passed):

@@ -34,7 +34,7 @@ class Statistics:
 
     step: int  # completed optimizer steps
     captured: int  # snapshots handed to the daemon
-    dropped: Mapping[str, int]  # due steps that were not, by reason
+    dropped: Mapping[str, int]  # steps that `every` asked for and that were not captured, by reason
     voided: int  # snapshots whose audit found a moving tensor
     audits: int
     protected_step: int  # newest step known to be protected (a fresh start counts)
