@@ -16,21 +16,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptd.client.loading import LoadReport as LoadReport
+    from ckptd.client.loading import load as load
+    from ckptd.client.loading import open as open
     from ckptd.client.report import ResumeReport as ResumeReport
     from ckptd.client.report import Statistics as Statistics
     from ckptd.client.run import Run as Run
     from ckptd.client.run import attach as attach
+    from ckptd.client.saving import save as save
     from ckptd.errors import CkptdError as CkptdError
 
 __version__ = "0.1.0"
-__all__ = ["CkptdError", "ResumeReport", "Run", "Statistics", "attach", "erasure"]
+__all__ = [
+    "CkptdError",
+    "LoadReport",
+    "ResumeReport",
+    "Run",
+    "Statistics",
+    "attach",
+    "erasure",
+    "load",
+    "open",
+    "save",
+]
 
 _HOME = {
     "CkptdError": "ckptd.errors",
+    "LoadReport": "ckptd.client.loading",
     "ResumeReport": "ckptd.client.report",
     "Run": "ckptd.client.run",
     "Statistics": "ckptd.client.report",
     "attach": "ckptd.client.run",
+    "load": "ckptd.client.loading",
+    "open": "ckptd.client.loading",
+    "save": "ckptd.client.saving",
 }
 
 

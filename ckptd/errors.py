@@ -5,12 +5,15 @@
     +-- UnsupportedOptimizer       2   an optimizer that cannot be kept
     +-- InvalidRequest             2   the request itself is wrong
     |   +-- RankTaken              2   a living trainer already holds this rank
+    |   +-- LayoutSyntax           2   a layout's text is not of the language; has `line`, `column`, `hint`
     +-- CorruptImage               3   bytes did not match their digest or their form
+    +-- CorruptCheckpoint          3   the same, of a stored checkpoint
     +-- NotEnoughCells             4   more was lost than the parity covers
     +-- NotFound                   5   no such job, snapshot or daemon
     +-- Unreachable                6   nobody answers there
     |   +-- ProtocolMismatch       6   somebody of another version answers
     +-- StateMismatch              7   the state does not fit the model
+    +-- LayoutRefused              7   a layout is no bijection, or does not fit the tensors; has `rule`, `tensor`
     +-- NoSpace                    8   the memory sum does not fit
     +-- DeadlineExceeded           9
     +-- StaleGeneration            1   a newer generation exists; this process must end
@@ -57,8 +60,29 @@ class RankTaken(InvalidRequest):
     """A living trainer already holds this rank of this generation."""
 
 
+class LayoutSyntax(InvalidRequest):
+    """A layout's text is not of the language; `line` and `column` count from 1, `hint` says what to write.
+
+    `excerpt` is the line with a caret under it, for the end of the message.
+    """
+
+    def __init__(self, what: str, *, line: int, column: int, hint: str = "", excerpt: str = "") -> None:
+        self.line = line
+        self.column = column
+        self.hint = hint
+        super().__init__(f"line {line}, column {column}: {what}", next=hint)
+        if excerpt:
+            self.args = (f"{self}\n{excerpt}",)
+
+
 class CorruptImage(CkptdError):
     """Bytes did not match their digest or their form; nothing of them was used."""
+
+    exit_code = 3
+
+
+class CorruptCheckpoint(CkptdError):
+    """A stored checkpoint's bytes did not match their digest or their form; nothing of them was used."""
 
     exit_code = 3
 
@@ -89,6 +113,17 @@ class StateMismatch(CkptdError):
     """The stored state does not fit the model, optimizer or object it is loaded into."""
 
     exit_code = 7
+
+
+class LayoutRefused(CkptdError):
+    """A layout is no bijection, or does not fit the tensors; found from metadata, before any byte was read."""
+
+    exit_code = 7
+
+    def __init__(self, what: str, *, rule: int = 0, tensor: str = "", why: str = "", next: str = "") -> None:
+        self.rule = rule
+        self.tensor = tensor
+        super().__init__(what, why, next)
 
 
 class NoSpace(CkptdError):

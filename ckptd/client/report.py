@@ -20,7 +20,7 @@ class ResumeReport:
     """Where training continues: `for step in range(report.step, steps)`."""
 
     step: int  # completed optimizer steps; 0: a fresh start, nothing was loaded
-    rung: str  # "none", "own-memory", "replica", "parity"
+    rung: str  # "none", "own-memory", "replica", "parity", "storage"
     verified: bool  # the bytes matched their digests before anything was loaded
     generation: int  # in which the loaded image was captured
     lost_steps: int | None = None  # completed steps to be done again; None: unknown

@@ -28,8 +28,10 @@ from torch.optim import Optimizer
 
 from ckptd import errors
 from ckptd.client import optimizers as optim
+from ckptd.client import stored
 from ckptd.client.attached import Attached
 from ckptd.client.capture import Origin
+from ckptd.client.connection import error_of
 from ckptd.client.copier import Copier
 from ckptd.client.describe import describe
 from ckptd.client.embedded import find_daemon
@@ -194,14 +196,15 @@ class Run:
     def resume(self, timeout_s: float = 600.0) -> ResumeReport:
         """Loads the newest recoverable state, and says where training continues.
 
-        On a fresh start, reports step 0 and touches nothing.
+        From memory where there is something; otherwise from the newest whole checkpoint in the store,
+        into the layout that the job has now.  On a fresh start, reports step 0 and touches nothing.
 
         Args:
             timeout_s: how long the job's recovery may take, seconds.
 
         Raises:
             StateMismatch: the stored state does not fit what is attached; nothing was changed.
-            CorruptImage: the stored bytes are no image.
+            CorruptImage, CorruptCheckpoint: the stored bytes are damaged.
             DeadlineExceeded, Unreachable, StaleGeneration: no answer from the daemon.
         """
         with self._blocked():
@@ -211,6 +214,8 @@ class Run:
                     "it is too late to resume", f"{self._step} steps are done", "call resume() first"
                 )
             located, fd = self._locate(timeout_s)
+            if fd is None and (kept := self._stored()).url:
+                return self._resume_stored(kept)
             if fd is not None:
                 self._load(located, fd)
             self._begin(located.step)
@@ -260,30 +265,32 @@ class Run:
         name: str | None = None,
         wait: Literal["protected", "sealed", "durable"] = "protected",
         timeout_s: float = 60.0,
-    ) -> None:
-        """Returns when the newest completed step is safe: in the daemon's memory ("sealed"), or protected.
+    ) -> str | None:
+        """Returns when the newest completed step is safe.
+
+        "sealed": its bytes are in the daemon's memory.  "protected": other nodes can rebuild them.
+        "durable": protected, and a checkpoint in the store; every rank of the job must ask, and gets its URL.
 
         Args:
-            name: will name durable saves; snapshots in memory have none.
+            name: not kept.
+            timeout_s: how long it may take, seconds.
 
         Raises:
-            InvalidRequest: this step was not captured, or `wait` is "durable", which comes later.
+            InvalidRequest: this step was not captured.
+            NoSpace, CorruptImage, NotFound: it could not be written; the message says why.
             DeadlineExceeded, Unreachable, StaleGeneration: it did not get there.
         """
-        if wait == "durable":
+        if wait not in ("protected", "sealed", "durable"):
             raise errors.InvalidRequest(
-                "nothing can be saved to storage yet",
-                "storage comes with a later release",
-                'use wait="protected"',
+                f"wait={wait!r} is unknown", next='use "protected", "sealed" or "durable"'
             )
-        if wait not in ("protected", "sealed"):
-            raise errors.InvalidRequest(f"wait={wait!r} is unknown", next='use "protected" or "sealed"')
         if name is not None:
-            log.info("the name %r is not kept: snapshots in memory have none", name)
+            log.info("the name %r is not kept: a snapshot is found by its step", name)
+        deadline = time.monotonic() + timeout_s
         with self._blocked():
             self._check_usable()
-            protected = wait == "protected"
-            self._protection.settle(self._step, protected=protected, deadline=time.monotonic() + timeout_s)
+            self._protection.settle(self._step, protected=wait == "protected", deadline=deadline)
+            return self._flush(deadline) if wait == "durable" else None
 
     def accept(self) -> None:
         """Accepts the state after a loss that was not finite: capturing goes on with the next due step."""
@@ -381,6 +388,14 @@ class Run:
         arrival = self._link.request(message, "located", timeout_s)
         return arrival.message.located, arrival.fd
 
+    def _flush(self, deadline: float) -> str:
+        message = local_pb2.TrainerMessage(flush=local_pb2.Flush(step=self._step))
+        arrival = self._link.request(message, "flushed", max(0.0, deadline - time.monotonic()))
+        flushed = arrival.message.flushed
+        if not flushed.url:
+            raise error_of(local_pb2.Failure(error=flushed.error))
+        return flushed.url
+
     def _load(self, located: local_pb2.Located, fd: int) -> None:
         begin = located.slot * located.slot_bytes
         end = begin + located.image_bytes
@@ -399,6 +414,19 @@ class Run:
         verify(image, located.digest)
         restore(image, Survey(self._attached), origin, located.step)
 
+    def _stored(self) -> stored.Newest:
+        """The checkpoint in the node's store that this job would go on from."""
+        store = self._link.welcome.store
+        return stored.newest(store, self._link.terms.job) if store else stored.Newest("", ())
+
+    def _resume_stored(self, kept: stored.Newest) -> ResumeReport:
+        report = stored.resume(kept, self._attached, self.rank, self.world_size)
+        resumed = local_pb2.Resumed(generation=report.generation, step=report.step)
+        self._link.tell(local_pb2.TrainerMessage(resumed=resumed))
+        self._begin(report.step)
+        log.info("resumed at step %d from %s", report.step, kept.url)
+        return report
+
     def _begin(self, step: int) -> None:
         self._step = step
         self._link.view.floor = step
@@ -409,9 +437,11 @@ class Run:
         located, fd = self._locate(self._bounds.timeout_s)
         if fd is not None:
             os.close(fd)
+        kept = "" if fd is not None else self._stored().url
+        if fd is not None or kept:
             raise errors.InvalidRequest(
-                f"job {self._link.terms.job} has a state to resume from, step {located.step}",
-                "this run would overwrite it",
+                f"job {self._link.terms.job} has a state to resume from, {kept or f'step {located.step}'}",
+                "this run would leave it behind",
                 "call run.resume() before the first step, or choose another job name",
             )
         self._begin(0)

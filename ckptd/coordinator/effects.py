@@ -18,6 +18,8 @@ class SpecEntry:
     """A job was declared, or learned from its nodes."""
 
     spec: Spec
+    # The greatest generation that had used this name before, as its checkpoints tell.
+    generation: int = 0
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ class Submitted:
 
     at: float
     spec: Spec
+    # The greatest generation of the checkpoints stored under this name; none may be used again.
+    generation: int = 0
 
 
 Event = Tick | Reported | Disconnected | Probed | Submitted

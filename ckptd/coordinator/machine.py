@@ -73,8 +73,8 @@ def step(state: State, event: Event) -> tuple[State, list[Effect]]:
                 state = _with_node(state, detector.answered(node, event.number, event.answer))
         case Submitted():
             if event.spec.job not in state.jobs:
-                state = _with_job(state, Job(event.spec, since=state.now))
-                effects.append(Record(SpecEntry(event.spec)))
+                state = _with_job(state, Job(event.spec, since=state.now, generation=event.generation))
+                effects.append(Record(SpecEntry(event.spec, event.generation)))
     if not isinstance(event, Reported):
         # A report changes nobody else's silence; the next tick is soon enough.
         state, more = _examine_nodes(state)
@@ -118,7 +118,7 @@ def restore(entries: Iterable[Entry], timing: Timing) -> State:
     state = State(timing)
     for entry in entries:
         if isinstance(entry, SpecEntry):
-            state = _with_job(state, Job(entry.spec))
+            state = _with_job(state, Job(entry.spec, generation=entry.generation))
             continue
         job = state.jobs[entry.job]
         match entry:

@@ -19,6 +19,7 @@ from ckptd.coordinator.shell import Shell, Stream
 from ckptd.errors import CkptdError, InvalidRequest, NotFound, ProtocolMismatch
 from ckptd.image.names import check_name
 from ckptd.rpc import make_server
+from ckptd.storage.snapshot import newest_generation
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc
 
 log = logging.getLogger("ckptd.coordinator")
@@ -81,7 +82,7 @@ async def _until(stop: asyncio.Event, shell: Shell) -> None:
 
 async def _listen(settings: CoordinatorSettings, shell: Shell) -> tuple[grpc.aio.Server, int]:
     def register(server: grpc.aio.Server) -> None:
-        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(Service(shell), server)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(Service(shell, settings.store_url()), server)
 
     server, port = await make_server(_SERVICE, register, settings.listen)
     await server.start()
@@ -91,8 +92,9 @@ async def _listen(settings: CoordinatorSettings, shell: Shell) -> tuple[grpc.aio
 class Service(coordinator_pb2_grpc.CoordinatorServicer):
     """The RPCs; each is a few lines between the wire and the shell."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell, store: str) -> None:
         self._shell = shell
+        self._store = store
 
     async def Session(
         self,
@@ -148,7 +150,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     "header and specification name different jobs",
                     f"found {request.header.job!a} and {request.spec.job!a}",
                 )
-            return coordinator_pb2.SubmitReply(created=self._shell.submit(wire.spec_from(request.spec)))
+            stored = await asyncio.to_thread(newest_generation, self._store, request.spec.job)
+            created = self._shell.submit(wire.spec_from(request.spec), stored)
+            return coordinator_pb2.SubmitReply(created=created)
         except CkptdError as error:
             await _refuse(context, error)
 

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from ckptd.address import is_loopback
 from ckptd.coordinator.state import Timing
 from ckptd.errors import InvalidRequest
+from ckptd.storage import place
 
 
 class CoordinatorSettings(BaseSettings):
@@ -35,6 +36,8 @@ class CoordinatorSettings(BaseSettings):
     stop_timeout_s: float = Field(default=15.0, gt=0)
     transfer_stall_s: float = Field(default=10.0, gt=0)
     start_timeout_s: float = Field(default=600.0, gt=0)
+    # Where the jobs' durable checkpoints are; empty: CKPTD_STORE, or a folder of this user's state directory.
+    store: str = ""
     # Timeline events that are kept for watchers, over all jobs.
     kept_events: int = Field(default=10_000, ge=1)
     # Listen beyond loopback without TLS; the name says what that is.
@@ -61,6 +64,10 @@ class CoordinatorSettings(BaseSettings):
                 "shorten probe_timeout_s and tick_s, or lengthen silence_s",
             )
         return self
+
+    def store_url(self) -> str:
+        """Where the jobs' durable checkpoints are."""
+        return self.store or place.store_url()
 
     def timing(self) -> Timing:
         """The times of the machine."""

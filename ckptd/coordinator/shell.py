@@ -124,15 +124,18 @@ class Shell:
         for stream in self._streams.values():
             stream.close()
 
-    def submit(self, spec: Spec) -> bool:
+    def submit(self, spec: Spec, stored_generation: int = 0) -> bool:
         """Whether the job is new; once this returns, it is in the journal.
+
+        Args:
+            stored_generation: the greatest one among the checkpoints of this name.
 
         Raises:
             InvalidRequest: see machine.check_submission.
         """
         created = machine.check_submission(self.state, spec)
         if created:
-            self._feed(Submitted(time.monotonic(), spec))
+            self._feed(Submitted(time.monotonic(), spec, stored_generation))
         return created
 
     def open_stream(self, node: str) -> Stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from ckptd.daemon.authority import lone_roster
@@ -10,6 +11,7 @@ from ckptd.daemon.job import Job, State, Trainer
 from ckptd.daemon.node import Node
 from ckptd.erasure.groups import MAX_PARITY
 from ckptd.errors import InvalidRequest, RankTaken
+from ckptd.storage import snapshot
 from ckptd.v1 import common_pb2, coordinator_pb2, local_pb2
 
 _MAX_LOCAL_RANKS = 1024
@@ -26,7 +28,11 @@ async def admit(
     """
     _check_hello(hello)
     await _hand_over(node, header.job, link, hello)
+    stored = 0
+    if node.standalone and header.job not in node.jobs:
+        stored = await asyncio.to_thread(snapshot.newest_generation, node.settings.store_url(), header.job)
     job = _job_for(node, link, header, hello)
+    job.stored_generation = max(stored, job.stored_generation)
     if node.standalone and not hello.reconnect:
         _next_life(node, job, hello)
     elif header.generation:

@@ -60,8 +60,8 @@ def lone_roster(job: Job, ranks: int, address: tuple[str, str]) -> common_pb2.Ro
     if start is not None and start.ranks != tuple(range(ranks)):
         raise StateMismatch(
             f"job {job.name} holds step {start.step} of {len(start.ranks)} ranks",
-            f"this run has {ranks}, and loading into another layout is not possible yet",
-            f"run with {len(start.ranks)} ranks, or 'ckptd forget {job.name}' to start afresh",
+            f"this run has {ranks}, and memory is resumed in the layout that it was captured in",
+            f"run with {len(start.ranks)} ranks; or 'ckptd forget {job.name}', and storage is resumed",
         )
     known = max(job.roster.start.step, job.schedule.watermark if job.schedule.has_watermark else 0)
     if start is None and known:
@@ -73,5 +73,8 @@ def lone_roster(job: Job, ranks: int, address: tuple[str, str]) -> common_pb2.Ro
     member = common_pb2.Member(node=job.node, ranks=range(ranks), control_address=control, bulk_address=bulk)
     where = common_pb2.Snapshot(generation=start.generation, step=start.step) if start else None
     return common_pb2.Roster(
-        generation=job.generation + 1, members=[member], parity=job.spec.parity, start=where
+        generation=max(job.generation, job.stored_generation) + 1,
+        members=[member],
+        parity=job.spec.parity,
+        start=where,
     )

@@ -73,6 +73,14 @@ class Job:
     aborted: set[int] = field(default_factory=set)
     # What was promised to trainers before their arenas exist, in bytes; counts while any of them lives.
     promised_bytes: int = 0
+    # Newest step of this generation whose background flush is over here, well or not.
+    flush_over: int = 0
+    # The greatest generation that the store knows of this job, asked before the first one is made here.
+    stored_generation: int = 0
+    # The checkpoint that this generation's trainers loaded from the store, (generation, step).
+    resumed_from: tuple[int, int] = (0, 0)
+    # Steps between background flushes, as the settings ask for; 0: none.
+    flush_every: int = 0
     # Images captured and not yet digested; a stop is confirmed only when there are none.
     digesting: int = 0
     unreachable: set[str] = field(default_factory=set)
@@ -92,6 +100,15 @@ class Job:
     def slots(self) -> int:
         """Steps that are kept at the same time."""
         return max(2, self.spec.slots)
+
+    @property
+    def places(self) -> int:
+        """Images that an arena has room for: a background flush holds on to one beside the slots."""
+        return self.slots + self.flush_places
+
+    @property
+    def flush_places(self) -> int:
+        return 1 if self.flush_every else 0
 
     @property
     def member(self) -> common_pb2.Member | None:
@@ -128,6 +145,8 @@ class Job:
         self.schedule = common_pb2.Schedule(generation=roster.generation)
         self.transfer = coordinator_pb2.Transfer(generation=roster.generation)
         self.start = None
+        self.flush_over = 0
+        self.resumed_from = (roster.start.generation, roster.start.step)
         self.finished = False  # a parked job lives again
         self.aborted.clear()
         self.grants.clear()
@@ -219,7 +238,7 @@ class Job:
         if arena is None:
             self.check_budget(plan.image_bytes, limit_bytes, held)
         if arena is None or not arena.whole:
-            await self.memory.prepare_rank_arena(trainer.rank, plan.plan_hash, self.slots, plan.image_bytes)
+            await self.memory.prepare_rank_arena(trainer.rank, plan.plan_hash, self.places, plan.image_bytes)
         group, parity = self.group, self.roster.parity
         if self.member is not None and protected(group, parity):
             # The ranks of a job are nearly always of one size; the fold grows what is too small.
@@ -240,7 +259,7 @@ class Job:
         arena = self.memory.rank_arena(trainer.rank, plan.plan_hash)
         if arena is None:
             self.check_budget(plan.image_bytes, limit_bytes, held)
-            arena = self.memory.make_rank_arena(trainer.rank, plan.plan_hash, self.slots, plan.image_bytes)
+            arena = self.memory.make_rank_arena(trainer.rank, plan.plan_hash, self.places, plan.image_bytes)
         if arena.slot_bytes != padded(plan.image_bytes):
             raise InvalidRequest("the same plan with another size", f"{plan.image_bytes:,} bytes")
         if not arena.whole:
@@ -258,7 +277,9 @@ class Job:
             NoSpace: with the numbers and who holds what.
         """
         ranks = len(self.member.ranks) if self.member else 1
-        needed = budget.needed_bytes(image_bytes, ranks, self.slots, len(self.group), self.roster.parity)
+        needed = budget.needed_bytes(
+            image_bytes, ranks, self.slots, len(self.group), self.roster.parity, self.flush_places
+        )
         return needed, budget.check(self.name, needed, limit_bytes, held)
 
     def grant(self) -> None:

@@ -30,6 +30,8 @@ def report_of(job: Job) -> coordinator_pb2.JobReport:
         unreachable_peers=sorted(job.unreachable),
         finished=_all_finished(job),
         aborted=sorted(job.aborted),
+        flush_every=job.flush_every,
+        flush_over=job.flush_over,
     )
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ckptd.address import host_of
 from ckptd.daemon.adopt import adopt
 from ckptd.daemon.authority import Authority
+from ckptd.daemon.flush import Flush
 from ckptd.daemon.frames import failure
 from ckptd.daemon.job import Job, State, Trainer, held_by
 from ckptd.daemon.protection import Protection
@@ -51,6 +52,7 @@ class Node:
         self.protection = Protection(settings, self.jobs, loop, pool)
         self.transfers = Transfers(settings, self.protection, pool)
         self.scrub = Scrub(settings, self.jobs)
+        self.flush = Flush(settings, self.jobs, self.next_change)
         self._rendezvous = self._reserve_port()
 
     @property
@@ -69,6 +71,7 @@ class Node:
         """Takes over what an earlier daemon of this node left in memory."""
         self.jobs.update(adopt(self.settings.memory_dir, self.settings.node, self.changed))
         for job in self.jobs.values():
+            job.flush_every = self.settings.flush_every
             for trainer in job.trainers.values():
                 if trainer.state == State.ALIVE:
                     self.watch(job, trainer)
@@ -113,7 +116,14 @@ class Node:
         if name not in self.jobs:
             directory = records.job_directory(self.settings.memory_dir, name)
             directory.mkdir(parents=True, exist_ok=True)
-            self.jobs[name] = Job(name, self.settings.node, directory, owner_uid, self.changed)
+            self.jobs[name] = Job(
+                name,
+                self.settings.node,
+                directory,
+                owner_uid,
+                self.changed,
+                flush_every=self.settings.flush_every,
+            )
         return self.jobs[name]
 
     def follow(self, directive: coordinator_pb2.JobDirective) -> None:
@@ -334,6 +344,7 @@ class Node:
                 self._drop(job)
 
     def close(self) -> None:
+        self.flush.close()
         self.scrub.close()
         self.protection.close()
         self._rendezvous.close()

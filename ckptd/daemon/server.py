@@ -85,6 +85,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
     work: list[Coroutine[Any, Any, None]] = [trainers.serve(), _expire(node, stop)]
     work += [_schedule(node)] if node.standalone else [session.run(), session.stand_in()]
     work += [node.scrub.run()] if settings.scrub_bytes_per_s else []
+    work += [node.flush.run()] if settings.flush_every else []
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     log.info(
         "node %s: control %s, bulk %s, socket %s, %s bytes of memory at %s",

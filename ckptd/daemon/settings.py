@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from ckptd.address import is_loopback
 from ckptd.errors import InvalidRequest
 from ckptd.image.names import check_name
+from ckptd.storage import place
 
 
 class DaemonSettings(BaseSettings):
@@ -46,6 +47,12 @@ class DaemonSettings(BaseSettings):
     bulk_bytes_per_s: int = Field(default=0, ge=0)
     # What the scrub may read while it looks for flipped bits, bytes per second and node; 0: it is off.
     scrub_bytes_per_s: int = Field(default=64 << 20, ge=0)
+    # Where durable checkpoints go, a path or any fsspec URL; empty: a folder of this user's state directory.
+    store: str = ""
+    # Snapshots of every so many steps become durable in the background; 0: only what a trainer asks for.
+    flush_every: int = Field(default=0, ge=0)
+    # How long the node that publishes waits for the others' parts.
+    flush_timeout_s: float = Field(default=600.0, gt=0)
     # Listen beyond loopback without TLS; the name says what that is.
     insecure: bool = False
 
@@ -64,6 +71,10 @@ class DaemonSettings(BaseSettings):
                     "use a loopback address, or --insecure on a network that you trust",
                 )
         return self
+
+    def store_url(self) -> str:
+        """Where durable checkpoints go."""
+        return self.store or place.store_url()
 
     def limit_bytes(self) -> int:
         """The memory this daemon may take, in bytes."""

@@ -162,6 +162,7 @@ class _Session:
                     embedded=self._node.settings.embedded,
                     survives=self._node.survives,
                     memory_limit_bytes=self._node.limit_bytes(),
+                    store=self._node.settings.store_url(),
                 )
             )
         )
@@ -200,6 +201,12 @@ class _Session:
             self._node.changed()
         elif body == "reserve":
             self._reserve(message.reserve)
+        elif body == "flush":
+            self._node.flush.request(self._job, self._trainer, message.flush.step)
+        elif body == "resumed":
+            self._job.resumed_from = (message.resumed.generation, message.resumed.step)
+            self._trainer.step = message.resumed.step  # no earlier step is to be named
+            self._node.changed()
         elif body == "locate":
             await self._locate(message.header.timeout_ms / 1000)
         else:

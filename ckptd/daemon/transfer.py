@@ -138,7 +138,7 @@ class Transfers:
             if job.memory.rank_arena(rank.rank, rank.plan_hash) is None:
                 job.check_budget(rank.image_bytes, self._settings.limit_bytes(), {})
                 await job.memory.prepare_rank_arena(
-                    rank.rank, rank.plan_hash, job.slots, rank.image_bytes, sparse=True
+                    rank.rank, rank.plan_hash, job.places, rank.image_bytes, sparse=True
                 )
 
     def _place(self, job: Job, order: coordinator_pb2.TransferOrder, seal: bulk_pb2.SealRecord) -> Holding:

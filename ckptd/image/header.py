@@ -59,25 +59,41 @@ def write(entries: Iterable[Entry]) -> bytes:
     return reserved.to_bytes(LENGTH_BYTES, "little") + text.ljust(reserved)
 
 
-def read(image: memoryview, max_entries: int) -> tuple[bytes, list[Entry]]:
+def reserved_bytes(image: memoryview, image_bytes: int) -> int:
+    """Returns how many bytes header and length take, as the first 8 bytes of `image` say.
+
+    Args:
+        image_bytes: of the whole image, of which `image` may be the beginning.
+
+    Raises:
+        CorruptImage: it cannot be so many.
+    """
+    if image_bytes < LENGTH_BYTES:
+        raise corrupt(f"{image_bytes} bytes are too few to hold even the length of a header")
+    reserved = int.from_bytes(image[:LENGTH_BYTES], "little")
+    if reserved > MAX_HEADER_BYTES:
+        raise corrupt(f"its header claims {reserved} bytes, at most {MAX_HEADER_BYTES} are read")
+    total = LENGTH_BYTES + reserved
+    if total > image_bytes:
+        raise corrupt(f"its header claims {reserved} bytes, the image has {image_bytes}")
+    if total % HEADER_ALIGN_BYTES:
+        raise corrupt(f"its data begins at byte {total}, expected a multiple of {HEADER_ALIGN_BYTES}")
+    return total
+
+
+def read(image: memoryview, max_entries: int, image_bytes: int | None = None) -> tuple[bytes, list[Entry]]:
     """Returns the header's bytes, and its entries in the order of the header.
 
     Checks the spelling, the length and the count, in order of danger; what the
     entries say is the caller's to check.
 
+    Args:
+        image_bytes: of the whole image, where `image` is only its beginning with all of the header.
+
     Raises:
         CorruptImage: no canonical header of at most `max_entries` entries is here.
     """
-    if len(image) < LENGTH_BYTES:
-        raise corrupt(f"{len(image)} bytes are too few to hold even the length of a header")
-    reserved = int.from_bytes(image[:LENGTH_BYTES], "little")
-    if reserved > MAX_HEADER_BYTES:
-        raise corrupt(f"its header claims {reserved} bytes, at most {MAX_HEADER_BYTES} are read")
-    total = LENGTH_BYTES + reserved
-    if total > len(image):
-        raise corrupt(f"its header claims {reserved} bytes, the image has {len(image)}")
-    if total % HEADER_ALIGN_BYTES:
-        raise corrupt(f"its data begins at byte {total}, expected a multiple of {HEADER_ALIGN_BYTES}")
+    total = reserved_bytes(image, len(image) if image_bytes is None else image_bytes)
     # One private copy: what is checked is what is used, whoever writes to the arena.
     header = bytes(image[:total])
     count = header.count(_COUNTED)

@@ -163,7 +163,7 @@ class ImagePlan:
         )
 
     @classmethod
-    def parse(cls, image: memoryview) -> ImagePlan:
+    def parse(cls, image: memoryview, image_bytes: int | None = None) -> ImagePlan:
         """Returns the plan of `image`, after checking all of its header.
 
         The header's length is checked against limit and image before it is looked
@@ -171,14 +171,16 @@ class ImagePlan:
 
         Args:
             image: one whole image, exactly: a slot is cut to the image's length first.
+            image_bytes: the image's length, where `image` is only its beginning with all of the header.
 
         Raises:
             CorruptImage: this is not an image as `build` lays it out.
         """
-        header, entries = headers.read(image, 2 * MAX_TENSORS + 1)
+        image_bytes = len(image) if image_bytes is None else image_bytes
+        header, entries = headers.read(image, 2 * MAX_TENSORS + 1, image_bytes)
         end = _contiguous_end(entries)
-        if len(header) + end != len(image):
-            raise corrupt(f"its header describes {len(header) + end} bytes, the image has {len(image)}")
+        if len(header) + end != image_bytes:
+            raise corrupt(f"its header describes {len(header) + end} bytes, the image has {image_bytes}")
         if not entries or entries[-1].name != VARIABLE_NAME:
             found_name = entries[-1].name if entries else None
             raise corrupt(f"its last tensor is {found_name!a}, expected {VARIABLE_NAME}")

@@ -107,12 +107,24 @@ def read_variable(plan: ImagePlan, image: memoryview) -> Variable:
     """Returns what `write_variable` wrote, after checking all of it.
 
     Raises:
-        CorruptImage: the head is not one, a length is beyond its bound, or the unused
-            bytes are not zeros.
+        CorruptImage: see `read_tail`.
         ValueError: `image` is not `plan.image_bytes` long.
     """
     plan.check_length(image)
-    head = bytes(image[plan.variable_offset : plan.objects_offset])
+    return read_tail(plan, image[plan.variable_offset :])
+
+
+def read_tail(plan: ImagePlan, tail: memoryview) -> Variable:
+    """Returns the same from the variable tensor's bytes alone, which are the image's last.
+
+    Raises:
+        CorruptImage: the head is not one, a length is beyond its bound, or the unused
+            bytes are not zeros.
+        ValueError: they are not as many as the plan says.
+    """
+    if len(tail) != plan.image_bytes - plan.variable_offset:
+        raise ValueError(f"{len(tail)} bytes, expected {plan.image_bytes - plan.variable_offset}")
+    head = bytes(tail[:VARIABLE_HEAD_BYTES])
     magic, version, rank, world_size, job_bytes, generation, step, length, job = _HEAD.unpack_from(head)
     if magic != _MAGIC or version != _VERSION:
         raise corrupt(f"its last tensor begins with {magic!r} {version}, expected {_MAGIC!r} {_VERSION}")
@@ -131,7 +143,7 @@ def read_variable(plan: ImagePlan, image: memoryview) -> Variable:
         raise corrupt(f"the job's name cannot be read: {error}") from error
     except InvalidRequest as error:
         raise corrupt(f"the job's name cannot be read: {error.why}") from error
-    end = plan.objects_offset + length
-    if np.frombuffer(image, np.uint8)[end:].any():
-        raise corrupt(f"bytes behind its objects, from byte {end} on, are not zeros")
-    return Variable(job_name, generation, step, rank, world_size, bytes(image[plan.objects_offset : end]))
+    end = VARIABLE_HEAD_BYTES + length
+    if np.frombuffer(tail, np.uint8)[end:].any():
+        raise corrupt(f"bytes behind its objects, from byte {plan.variable_offset + end} on, are not zeros")
+    return Variable(job_name, generation, step, rank, world_size, bytes(tail[VARIABLE_HEAD_BYTES:end]))

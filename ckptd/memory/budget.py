@@ -11,11 +11,11 @@ from ckptd.memory.arena import padded
 TRANSFER_BYTES = 16 << 20  # receive and send buffers of the bulk plane, per job
 
 
-def needed_bytes(image_bytes: int, ranks: int, slots: int, nodes: int, parity: int) -> int:
+def needed_bytes(image_bytes: int, ranks: int, slots: int, nodes: int, parity: int, flushing: int = 0) -> int:
     """Bytes that a job takes on this node.
 
-    Images times (slots x (1 + m/(n-m))), plus transfer buffers (design, section 4), each
-    chunk of parity rounded up to whole cells.
+    Images times (slots x (1 + m/(n-m)) + 1 where a background flush is on), plus transfer
+    buffers (design, section 4), each chunk of parity rounded up to whole cells.
 
     Args:
         image_bytes: of one rank.
@@ -23,11 +23,12 @@ def needed_bytes(image_bytes: int, ranks: int, slots: int, nodes: int, parity: i
         slots: per rank.
         nodes: in the erasure group.
         parity: m; a group of fewer than m + 1 nodes holds no parity.
+        flushing: images per rank that a flush holds on to beside the slots.
     """
     images = padded(image_bytes) * ranks
     protected = 1 <= parity < nodes
     chunks = parity * Geometry(nodes, parity).chunk_bytes(images) if protected else 0
-    return slots * (images + chunks) + TRANSFER_BYTES
+    return slots * (images + chunks) + flushing * images + TRANSFER_BYTES
 
 
 def check(job: str, needed: int, limit: int, held: Mapping[str, int]) -> int:

@@ -42,6 +42,10 @@ class NodeFacts:
     held: bool = False
     watermark: int | None = None
     unreachable: tuple[str, ...] = ()
+    # Steps between background flushes that this node's settings ask for; 0: none.
+    flush_every: int = 0
+    # Newest step whose background flush is over here, well or not.
+    flush_over: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Schedule:
     # Why protection is paused; trainers that wait for it go on.
     paused: str = ""
     aborted: tuple[int, ...] = ()
+    # The step that all nodes make durable in the background; 0: none.
+    flush: int = 0
+    # Not on the wire.  Newest step that was ever chosen for that.
+    flushed_through: int = 0
     # Not on the wire.  Invariant: no step up to this one is ever named again.
     named_through: int = 0
     margin_steps: int = 0
@@ -119,10 +127,13 @@ def next_schedule(
             # completed + 1 is the first step that every rank can still capture.
             named_through = _next_multiple(max(named_through, completed + margin), every)
             due.add(named_through)
+    flush = _flush(old, sorted(due - set(old.due)), list(known.values()), start_step, complete=not missing)
     return Schedule(
         generation=generation,
         watermark=watermark,
         due=tuple(sorted(due)),
+        flush=flush,
+        flushed_through=max(old.flushed_through, flush),
         held=held,
         paused=_paused(missing, away or {}, known.values()),
         aborted=aborted,
@@ -139,6 +150,24 @@ def _watermark(old: int | None, known: Sequence[NodeFacts], *, complete: bool) -
     if complete and known:
         candidates.extend(frozenset.intersection(*(f.folded for f in known)))
     return max(candidates, default=None)
+
+
+def _flush(
+    old: Schedule, named: Sequence[int], known: Sequence[NodeFacts], start_step: int, *, complete: bool
+) -> int:
+    """The step to be made durable: one at a time, and chosen when it is named.
+
+    So every node knows of it before it is captured, and all of them write the same one.
+    """
+    over = min((f.flush_over for f in known), default=0)
+    given_up = any(old.flush in f.aborted for f in known)
+    if old.flush > over and not given_up:
+        return old.flush
+    every = max((f.flush_every for f in known), default=0)
+    if not complete or not all(f.flush_every for f in known) or not every:
+        return 0
+    last = max(old.flushed_through, over, start_step)
+    return next((step for step in named if step // every > last // every), 0)
 
 
 def _margin(old: Schedule, watermark: int | None, *, late: bool) -> tuple[int, int]:
@@ -189,6 +218,8 @@ def facts_of(node: str, report: coordinator_pb2.JobReport) -> NodeFacts:
         held=report.held,
         watermark=report.watermark if report.has_watermark else None,
         unreachable=tuple(report.unreachable_peers),
+        flush_every=report.flush_every,
+        flush_over=report.flush_over,
     )
 
 
@@ -202,6 +233,7 @@ def to_message(schedule: Schedule) -> common_pb2.Schedule:
         held=schedule.held,
         paused=schedule.paused,
         aborted=schedule.aborted,
+        flush=schedule.flush,
     )
 
 
@@ -215,5 +247,7 @@ def from_message(message: common_pb2.Schedule) -> Schedule:
         held=message.held,
         paused=message.paused,
         aborted=tuple(message.aborted),
+        flush=message.flush,
+        flushed_through=message.flush,
         named_through=max([watermark or 0, *message.due, *message.aborted]),
     )

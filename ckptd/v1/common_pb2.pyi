@@ -89,7 +89,7 @@ class Snapshot(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Schedule(_message.Message):
-    __slots__ = ("watermark", "has_watermark", "due", "held", "paused", "aborted", "generation")
+    __slots__ = ("watermark", "has_watermark", "due", "held", "paused", "aborted", "generation", "flush")
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
     HAS_WATERMARK_FIELD_NUMBER: _ClassVar[int]
     DUE_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class Schedule(_message.Message):
     PAUSED_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
     watermark: int
     has_watermark: bool
     due: _containers.RepeatedScalarFieldContainer[int]
@@ -104,4 +105,5 @@ class Schedule(_message.Message):
     paused: str
     aborted: _containers.RepeatedScalarFieldContainer[int]
     generation: int
-    def __init__(self, watermark: _Optional[int] = ..., has_watermark: _Optional[bool] = ..., due: _Optional[_Iterable[int]] = ..., held: _Optional[bool] = ..., paused: _Optional[str] = ..., aborted: _Optional[_Iterable[int]] = ..., generation: _Optional[int] = ...) -> None: ...
+    flush: int
+    def __init__(self, watermark: _Optional[int] = ..., has_watermark: _Optional[bool] = ..., due: _Optional[_Iterable[int]] = ..., held: _Optional[bool] = ..., paused: _Optional[str] = ..., aborted: _Optional[_Iterable[int]] = ..., generation: _Optional[int] = ..., flush: _Optional[int] = ...) -> None: ...

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class TrainerMessage(_message.Message):
-    __slots__ = ("header", "hello", "plan", "captured", "aborted", "progress", "accept", "locate", "goodbye", "reserve", "failing")
+    __slots__ = ("header", "hello", "plan", "captured", "aborted", "progress", "accept", "locate", "goodbye", "reserve", "failing", "flush", "resumed")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,8 @@ class TrainerMessage(_message.Message):
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     FAILING_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     header: _common_pb2.Header
     hello: Hello
     plan: Plan
@@ -31,23 +33,27 @@ class TrainerMessage(_message.Message):
     goodbye: Goodbye
     reserve: Reserve
     failing: Failing
-    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., captured: _Optional[_Union[Captured, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., locate: _Optional[_Union[Locate, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., failing: _Optional[_Union[Failing, _Mapping]] = ...) -> None: ...
+    flush: Flush
+    resumed: Resumed
+    def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., captured: _Optional[_Union[Captured, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., locate: _Optional[_Union[Locate, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., failing: _Optional[_Union[Failing, _Mapping]] = ..., flush: _Optional[_Union[Flush, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ...) -> None: ...
 
 class DaemonMessage(_message.Message):
-    __slots__ = ("welcome", "arena_ready", "grants", "located", "failure", "reserved")
+    __slots__ = ("welcome", "arena_ready", "grants", "located", "failure", "reserved", "flushed")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ARENA_READY_FIELD_NUMBER: _ClassVar[int]
     GRANTS_FIELD_NUMBER: _ClassVar[int]
     LOCATED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
+    FLUSHED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     arena_ready: ArenaReady
     grants: Grants
     located: Located
     failure: Failure
     reserved: Reserved
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., arena_ready: _Optional[_Union[ArenaReady, _Mapping]] = ..., grants: _Optional[_Union[Grants, _Mapping]] = ..., located: _Optional[_Union[Located, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ...) -> None: ...
+    flushed: Flushed
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., arena_ready: _Optional[_Union[ArenaReady, _Mapping]] = ..., grants: _Optional[_Union[Grants, _Mapping]] = ..., located: _Optional[_Union[Located, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., flushed: _Optional[_Union[Flushed, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "rank", "world_size", "local_world_size", "every", "slots", "parity", "reconnect")
@@ -70,20 +76,22 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., local_world_size: _Optional[int] = ..., every: _Optional[int] = ..., slots: _Optional[int] = ..., parity: _Optional[int] = ..., reconnect: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "generation", "node", "embedded", "survives", "memory_limit_bytes")
+    __slots__ = ("protocol", "generation", "node", "embedded", "survives", "memory_limit_bytes", "store")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     EMBEDDED_FIELD_NUMBER: _ClassVar[int]
     SURVIVES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     generation: int
     node: str
     embedded: bool
     survives: str
     memory_limit_bytes: int
-    def __init__(self, protocol: _Optional[int] = ..., generation: _Optional[int] = ..., node: _Optional[str] = ..., embedded: _Optional[bool] = ..., survives: _Optional[str] = ..., memory_limit_bytes: _Optional[int] = ...) -> None: ...
+    store: str
+    def __init__(self, protocol: _Optional[int] = ..., generation: _Optional[int] = ..., node: _Optional[str] = ..., embedded: _Optional[bool] = ..., survives: _Optional[str] = ..., memory_limit_bytes: _Optional[int] = ..., store: _Optional[str] = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("image_bytes",)
@@ -210,6 +218,30 @@ class Failing(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class Resumed(_message.Message):
+    __slots__ = ("generation", "step")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    step: int
+    def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class Flush(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class Flushed(_message.Message):
+    __slots__ = ("step", "url", "error")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    url: str
+    error: _common_pb2.Error
+    def __init__(self, step: _Optional[int] = ..., url: _Optional[str] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("error",)

@@ -1,0 +1,177 @@
+"""From memory to storage: protected snapshots become durable, each node writing its own ranks' images.
+
+The images are written from the slots that they lie in; those are given to nobody meanwhile.  With a
+background flush every rank has one slot more, so that a flush never costs a snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ckptd.daemon.frames import wire_error
+from ckptd.daemon.job import Job, Trainer
+from ckptd.daemon.settings import DaemonSettings
+from ckptd.errors import CkptdError, DeadlineExceeded, NotFound
+from ckptd.memory.holding import Holding
+from ckptd.memory.yielding import yield_to_training
+from ckptd.storage import snapshot
+from ckptd.storage.store import Store
+from ckptd.storage.writing import Heading
+from ckptd.v1 import local_pb2
+
+log = logging.getLogger("ckptd.flush")
+
+_GLANCE_S = 0.05  # how often the store is asked whether the others are done
+_Key = tuple[str, int, int]  # job, generation, step
+
+
+class Flush:
+    """Makes snapshots of one node's jobs durable; lives on the event loop.
+
+    Args:
+        next_change: returns at the next change of any fact, or after so many seconds.
+    """
+
+    def __init__(
+        self, settings: DaemonSettings, jobs: Mapping[str, Job], next_change: Callable[[float], Any]
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._next_change = next_change
+        # Writes, one after another, that yield to training.
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="flush", initializer=yield_to_training, initargs=(settings.bulk_nice,)
+        )
+        self._tasks: dict[_Key, asyncio.Task[str]] = {}
+        self._answers: set[asyncio.Task[None]] = set()
+
+    def request(self, job: Job, trainer: Trainer, step: int) -> None:
+        """A trainer asks for `step`; it hears when it is durable, or why it will not be."""
+        task = asyncio.create_task(self._answer(trainer, step, self._begin(job, step)))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def run(self) -> None:
+        """Begins the flushes that the schedules name, until cancelled."""
+        while True:
+            await self._next_change(1.0)
+            for job in list(self._jobs.values()):
+                step = job.schedule.flush
+                if step > job.flush_over and (job.name, job.generation, step) not in self._tasks:
+                    self._begin(job, step)
+
+    def close(self) -> None:
+        """Ends the thread once it has done what it is doing."""
+        for task in [*self._tasks.values(), *self._answers]:
+            task.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, job: Job, step: int) -> asyncio.Task[str]:
+        key = (job.name, job.generation, step)
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(self._flush(job, step))
+            task.add_done_callback(lambda done: self._ended(job, key, done))
+        return task
+
+    def _ended(self, job: Job, key: _Key, task: asyncio.Task[str]) -> None:
+        del self._tasks[key]
+        _, generation, step = key
+        if job.generation == generation:
+            job.flush_over = max(job.flush_over, step)
+            job.changed()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("job %s: step %d did not become durable: %s", key[0], key[2], error)
+
+    async def _answer(self, trainer: Trainer, step: int, flush: asyncio.Task[str]) -> None:
+        answer = local_pb2.Flushed(step=step)
+        try:
+            answer.url = await asyncio.shield(flush)
+        except CkptdError as error:
+            answer.error.CopyFrom(wire_error(error))
+        if trainer.link is not None:
+            trainer.link.send(local_pb2.DaemonMessage(flushed=answer))
+
+    async def _flush(self, job: Job, step: int) -> str:
+        """Returns where the checkpoint is.
+
+        Raises:
+            NotFound: the step was given up, or the job went on without it.
+            DeadlineExceeded: other nodes did not bring their parts.
+            CkptdError: as the store says.
+        """
+        generation, start = job.generation, job.resumed_from
+        holding = await self._sealed(job, generation, step)
+        ranks = sorted(rank for member in job.roster.members for rank in member.ranks)
+        with job.memory.occupied(holding.places.values()):
+            await self._protected(job, generation, step)
+            store, parent = await self._in_thread(self._places, job.name, generation, step, start)
+            await self._in_thread(snapshot.write_parts, store, _images(holding))
+        heading = Heading(job.name, step, generation, world_size=len(ranks), parent=parent)
+        leads = job.roster.members[0].node == job.node
+        await self._published(job, store, heading, ranks if leads else [])
+        log.info("job %s: step %d is durable at %s", job.name, step, store.url)
+        return str(store.url)
+
+    async def _sealed(self, job: Job, generation: int, step: int) -> Holding:
+        while True:
+            holding = job.memory.holdings.get((generation, step))
+            if holding is not None and holding.sealed:
+                return holding
+            self._check_wanted(job, generation, step)
+            if holding is None and job.schedule.has_watermark and job.schedule.watermark >= step:
+                raise NotFound(f"step {step} of job {job.name} is not in memory any more")
+            await self._next_change(1.0)
+
+    async def _protected(self, job: Job, generation: int, step: int) -> None:
+        while not (job.schedule.has_watermark and job.schedule.watermark >= step):
+            self._check_wanted(job, generation, step)
+            await self._next_change(1.0)
+
+    async def _published(self, job: Job, store: Store, heading: Heading, ranks: list[int]) -> None:
+        """Returns when there is a manifest; publishes it, if this node leads."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.flush_timeout_s
+        while True:
+            if ranks and await self._in_thread(snapshot.publish_when_whole, store, heading, ranks):
+                return
+            if not ranks and await self._in_thread(snapshot.is_published, store):
+                return
+            self._check_generation(job, heading.generation)
+            if loop.time() > deadline:
+                raise DeadlineExceeded(
+                    f"step {heading.step} of job {job.name} is not whole in {store.url}",
+                    f"after {self._settings.flush_timeout_s:g} s some node has not written its part",
+                    "see the daemons' logs; all of them need the same store (CKPTD_STORE)",
+                )
+            await asyncio.sleep(_GLANCE_S)
+
+    def _places(self, job: str, generation: int, step: int, start: tuple[int, int]) -> Any:
+        url = self._settings.store_url()
+        store = snapshot.directory_of(url, job, step, generation)
+        return store, snapshot.parent_of(url, job, generation, step, start)
+
+    def _check_wanted(self, job: Job, generation: int, step: int) -> None:
+        self._check_generation(job, generation)
+        if step in job.aborted or step in job.schedule.aborted:
+            raise NotFound(f"step {step} of job {job.name} was given up", "", "save a later step")
+
+    def _check_generation(self, job: Job, generation: int) -> None:
+        if job.generation != generation:
+            raise NotFound(
+                f"job {job.name} went on with generation {job.generation}", f"this is of {generation}"
+            )
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+def _images(holding: Holding) -> list[snapshot.SealedImage]:
+    return [
+        snapshot.SealedImage(rank, holding.places[rank].image, holding.rank_seals[rank].cell_digests)
+        for rank in holding.ranks
+    ]

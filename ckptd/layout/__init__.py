@@ -1,0 +1,1 @@
+"""The layout algebra: which box of which logical tensor lives where.  Pure: no I/O, no torch."""

@@ -1,0 +1,3 @@
+"""Checkpoints on storage: files, their digests, and a manifest that is written last."""
+
+from __future__ import annotations

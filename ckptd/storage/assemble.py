@@ -1,0 +1,127 @@
+"""Many parts become one table of tensors: replicas are found, proved equal, and become covers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptd.errors import StateMismatch
+from ckptd.image.fields import MalformedField
+from ckptd.image.manifest import StoredTensor
+from ckptd.image.tile_classes import TileClass
+from ckptd.layout.tiles import Tiles
+from ckptd.storage.parts import LocalTensor, Part
+
+Held = tuple[int, LocalTensor]  # place (index of the object, or rank), and what lies there
+
+
+@dataclass(frozen=True)
+class Table:
+    """The tensors of a checkpoint, as a manifest holds them."""
+
+    tensors: tuple[StoredTensor, ...]
+    classes: tuple[TileClass, ...]
+
+
+def table(parts: Sequence[Part]) -> Table:
+    """Returns the table of these parts; places are their indices.
+
+    Tensors that are equal in place and digest on several ranks are replicas.  Those that are equal in place
+    alone are kept as they are, and marked (`differs`); where even the form differs, a rank's own is named
+    `NAME@RANK`.
+
+    Raises:
+        StateMismatch: the boxes of a tensor overlap, or leave a part of it out.
+    """
+    tensors: list[StoredTensor] = []
+    classes: dict[Any, int] = {}
+    kept: list[TileClass] = []
+    for name, held in _by_name(parts).items():
+        tiles, differs = _tiles(held)
+        made = TileClass.from_tiles(name, tiles)
+        number = classes.setdefault(made.key(), len(kept))
+        first = held[0][1]
+        if number == len(kept):
+            kept.append(made)
+        try:
+            kept[number].check(name, first.shape)
+        except MalformedField as error:
+            raise StateMismatch(
+                "this state is not whole",
+                str(error),
+                "save from all ranks that hold it, each its own part",
+            ) from error
+        tensors.append(StoredTensor(name, first.dtype, first.shape, number, differs))
+    return Table(tuple(tensors), tuple(kept))
+
+
+def writers(tables: Sequence[Sequence[LocalTensor]]) -> list[set[str]]:
+    """Returns, for every rank, the names of the tensors that it writes: each replica once, in equal
+    shares of bytes.
+
+    Deterministic: every rank computes the same.
+    """
+    load = [0] * len(tables)
+    chosen: list[set[str]] = [set() for _ in tables]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    sizes: dict[tuple[Any, ...], int] = {}
+    for rank, tensors in enumerate(tables):
+        for t in tensors:
+            key = (t.name, t.dtype, t.shape, t.key(), t.digest)
+            groups.setdefault(key, []).append(rank)
+            sizes[key] = int(np.prod(t.sizes, axis=1).sum())
+    # Large ones first, so that small ones even out what is left.
+    for key in sorted(groups, key=lambda k: (-sizes[k], k[0], k[3])):
+        rank = min(groups[key], key=lambda r: (load[r], r))
+        load[rank] += sizes[key]
+        chosen[rank].add(key[0])
+    return chosen
+
+
+def _by_name(parts: Sequence[Part]) -> dict[str, list[Held]]:
+    found: dict[str, list[Held]] = {}
+    for index, part in enumerate(parts):
+        for tensor in part.tensors:
+            name = tensor.name
+            first = found[name][0][1] if name in found else tensor
+            if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
+                name = f"{name}@{part.rank}"
+            found.setdefault(name, []).append((index, tensor))
+    return found
+
+
+def _tiles(held: list[Held]) -> tuple[Tiles, bool]:
+    """All boxes of one tensor with their covers, and whether the covers differ."""
+    groups: dict[bytes, list[Held]] = {}
+    for place, tensor in held:
+        if len(tensor.start):
+            groups.setdefault(tensor.key(), []).append((place, tensor))
+    differs = any(len({t.digest for _, t in group}) > 1 for group in groups.values())
+    covers = min(map(len, groups.values()), default=0)
+    chosen = [(cover, *group[cover]) for group in groups.values() for cover in range(covers)]
+    arrays = list(dict.fromkeys(tensor.array for _, _, tensor in chosen)) or [held[0][1].array]
+    d = len(held[0][1].shape)
+    rows = [len(tensor.start) for _, _, tensor in chosen]
+
+    def repeated(values: list[int]) -> Any:
+        return np.repeat(np.array(values, np.int64), rows)
+
+    def stacked(field: str) -> Any:
+        empty = np.zeros((0, d) if field != "start" else 0, np.int64)
+        return np.concatenate([empty, *(getattr(tensor, field) for _, _, tensor in chosen)])
+
+    tiles = Tiles(
+        held[0][1].shape,
+        stacked("offsets"),
+        stacked("sizes"),
+        repeated([place for _, place, _ in chosen]),
+        repeated([arrays.index(tensor.array) for _, _, tensor in chosen]),
+        stacked("start"),
+        stacked("strides"),
+        repeated([cover for cover, _, _ in chosen]),
+        tuple(arrays),
+    )
+    return tiles, differs

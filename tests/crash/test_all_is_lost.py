@@ -1,0 +1,172 @@
+"""Every node dies with its memory, and the coordinator with its journal: the job goes on from storage.
+
+Real coordinator, daemons and trainers; the second life has other nodes and another number of ranks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import lost_worker
+import torch
+
+from ckptd.demo.channels import channel, serving
+from ckptd.demo.children import Child, Children, tail
+from ckptd.demo.cluster import address, python_path
+from ckptd.demo.launcher import Launcher
+from ckptd.storage import catalog
+from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc, daemon_pb2_grpc
+
+JOB = "lost"
+READY_S = 60.0
+DEADLINE_S = 60.0
+FOREVER = 100_000
+
+
+class Life:
+    """One coordinator, and nodes with one rank each, from nothing but a store."""
+
+    def __init__(self, name: str, nodes: int, store: Path, children: Children, root: Path) -> None:
+        self.name, self.nodes, self.store, self.children = name, nodes, store, children
+        self.root = root / name
+        self.out = self.root / "out"
+        self.out.mkdir(parents=True)
+        self.processes: list[Child] = []
+        self.channels: list[Any] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, steps: int, seed: int) -> None:
+        control = address("127.0.0.1")
+        self._ckptd("coordinator", "--listen", control, "--journal", str(self.root / "journal.sqlite"))
+        launchers = [self._node(index, control, steps, seed) for index in range(self.nodes)]
+        coordinator = channel(control)
+        self.channels.append(coordinator)
+        for connection in self.channels:
+            await serving(connection, "a process of ckptd's", READY_S)
+        self.tasks = [asyncio.create_task(launcher.run()) for launcher in launchers]
+        parity = min(1, self.nodes - 1)
+        spec = coordinator_pb2.JobSpec(
+            job=JOB, nodes=self.nodes, ranks_per_node=1, parity=parity, every=1, slots=3
+        )
+        header = common_pb2.Header(job=JOB, timeout_ms=10_000)
+        stub = coordinator_pb2_grpc.CoordinatorStub(coordinator)
+        await stub.Submit(coordinator_pb2.SubmitRequest(header=header, spec=spec), timeout=10.0)
+
+    async def told(self) -> list[dict[str, Any]]:
+        """What every rank says about its resume."""
+        paths = [self.out / f"{rank}.json" for rank in range(self.nodes)]
+        await self.until(lambda: all(path.exists() for path in paths), "every rank resumed")
+        return [json.loads(path.read_text()) for path in paths]
+
+    async def until(self, condition: Callable[[], Any], what: str) -> None:
+        end = asyncio.get_running_loop().time() + DEADLINE_S
+        while not condition():
+            if asyncio.get_running_loop().time() > end:
+                logs = "\n".join(f"{child.name}\n{tail(child.log, 12)}" for child in self.processes)
+                raise AssertionError(f"not within {DEADLINE_S:g} s: {what}\n{logs}")
+            await asyncio.sleep(0.02)
+
+    async def end(self) -> None:
+        """All of it at once: processes, memory, journal."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*(child.end(grace_s=0.0) for child in self.processes))
+        for connection in self.channels:
+            await connection.close()
+        shutil.rmtree(self.root)
+
+    def _node(self, index: int, control: str, steps: int, seed: int) -> Launcher:
+        name, host = f"{self.name}{index}", f"127.0.0.{index + 2}"
+        memory = self.root / name
+        memory.mkdir(mode=0o700)
+        listen = address(host)
+        flags = {
+            "node": name,
+            "listen": listen,
+            "bulk": address(host),
+            "socket": str(self.root / f"{name}.sock"),
+            "memory-dir": str(memory),
+            "memory-limit-bytes": str(1 << 28),
+            "coordinator": control,
+        }
+        self._ckptd("daemon", *(word for flag, value in flags.items() for word in (f"--{flag}", value)))
+        connection = channel(listen)
+        self.channels.append(connection)
+        arguments = [lost_worker.__file__, str(self.out), str(steps), str(seed)]
+
+        def spawn(generation: int, rank: int, ordered: Mapping[str, str]) -> Child:
+            env = self._environment() | {"GLOO_SOCKET_IFNAME": "lo", **ordered}
+            child = self.children.spawn(f"{name}-rank{rank}-g{generation}", [sys.executable, *arguments], env)
+            self.processes.append(child)
+            return child
+
+        return Launcher(JOB, daemon_pb2_grpc.DaemonStub(connection), spawn)
+
+    def _ckptd(self, *argv: str) -> None:
+        name = f"{self.name}-{argv[0]}{len(self.processes)}"
+        command = [sys.executable, "-m", "ckptd.cli.main", *argv]
+        self.processes.append(self.children.spawn(name, command, self._environment()))
+
+    def _environment(self) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("CKPTD_")}
+        mine = {"CKPTD_STORE": str(self.store), "CKPTD_FLUSH_EVERY": "2", "PYTHONPATH": python_path()}
+        return kept | mine | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@asynccontextmanager
+async def places(tmp_path: Path) -> AsyncIterator[tuple[Children, Path]]:
+    with tempfile.TemporaryDirectory(prefix="ckptd-test-lost-", dir="/dev/shm") as memory:
+        async with Children(tmp_path, tmp_path) as children:
+            yield children, Path(memory)
+
+
+def digest_after(steps: int) -> str:
+    """What an uninterrupted run has; every rank of every life trains the same."""
+    torch.manual_seed(3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, optimizer = lost_worker.build()
+    for step in range(steps):
+        lost_worker.train_step(model, optimizer, step)
+    torch.set_num_threads(threads)
+    return lost_worker.digest(model, optimizer)
+
+
+async def two_lives(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    async with places(tmp_path) as (children, memory):
+        first = Life("first", 2, store, children, memory)
+        await first.start(FOREVER, seed=3)
+        assert [told["rung"] for told in await first.told()] == ["none", "none"]
+        await first.until(lambda: len(catalog.entries(str(store), JOB)) >= 2, "two durable steps")
+        await first.end()
+
+        durable = catalog.entries(str(store), JOB)[-1]
+        second = Life("second", 3, store, children, memory)
+        await second.start(FOREVER, seed=77)
+        for told in await second.told():
+            assert (told["step"], told["rung"]) == (durable.step, "storage")
+            assert told["layout_change"] == "2 ranks, now 3"
+            assert told["generation"] > durable.generation, "a generation is never used again"
+            assert told["digest"] == digest_after(durable.step), f"step {durable.step} is another one"
+        await second.until(
+            lambda: catalog.entries(str(store), JOB)[-1].step > durable.step,
+            "a durable step of the second life",
+        )
+        await second.end()
+        newest = catalog.entries(str(store), JOB)[-1]
+        print(f"1 job killed entirely, durable at step {durable.step}, again at {newest.step}")
+
+
+def test_a_job_killed_entirely_goes_on_from_storage_with_other_nodes_and_ranks(tmp_path: Path) -> None:
+    asyncio.run(asyncio.wait_for(two_lives(tmp_path), 110))

@@ -1,0 +1,195 @@
+"""ckptd.save, ckptd.load and ckptd.open with torch's tensors, modules and optimizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckptd
+from ckptd.client.tensors import DTYPES
+from ckptd.errors import CorruptCheckpoint, InvalidRequest, NotFound, StateMismatch
+from ckptd.storage import place
+from ckptd.storage.store import AlreadyThere
+
+
+def trained(seed: int, optimizer: str = "AdamW", **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(12, 33), nn.BatchNorm1d(33), nn.Linear(33, 5))
+    opt = getattr(torch.optim, optimizer)(model.parameters(), lr=0.05, **options)
+    for _ in range(3):
+        step(model, opt)
+    return model, opt
+
+
+def step(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    opt.zero_grad()
+    model(torch.randn(7, 12)).square().mean().backward()
+    opt.step()
+
+
+def same_states(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
+    ours, theirs = left.state_dict(), right.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for key, state in ours["state"].items():
+        assert state.keys() == theirs["state"][key].keys()
+        for name, value in state.items():
+            other = theirs["state"][key][name]
+            assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+            assert not torch.is_tensor(value) or (value.dtype, value.device) == (other.dtype, other.device)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("AdamW", {}),
+        ("Adam", {"amsgrad": True}),
+        ("SGD", {"momentum": 0.9}),
+        ("Adafactor", {}),
+        ("Rprop", {}),
+    ],
+)
+def test_a_fresh_optimizer_goes_on_like_the_saved_one(tmp_path: Path, optimizer: str, options: Any) -> None:
+    model, opt = trained(1, optimizer, **options)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    step(model, opt)
+    scheduler.step()
+    ckptd.save(str(tmp_path / "c"), {"model": model, "opt": opt, "scheduler": scheduler, "epoch": 4}, step=3)
+    torch.manual_seed(99)
+    fresh = nn.Sequential(nn.Linear(12, 33), nn.BatchNorm1d(33), nn.Linear(33, 5))
+    fresh_opt = getattr(torch.optim, optimizer)(fresh.parameters(), lr=0.5, **options)
+    fresh_scheduler = torch.optim.lr_scheduler.StepLR(fresh_opt, 1)
+    steps: list[int] = []
+    fresh_opt.register_step_pre_hook(lambda *_: steps.append(1))
+    state = {"model": fresh, "opt": fresh_opt, "scheduler": fresh_scheduler, "epoch": 0}
+    report = ckptd.load(str(tmp_path / "c"), state)
+    assert not steps, "loading stepped the optimizer"
+    assert (report.step, report.missing, report.unexpected, state["epoch"]) == (3, (), (), 4)
+    same_states(opt, fresh_opt)
+    assert scheduler.state_dict() == fresh_scheduler.state_dict()
+    torch.manual_seed(5)
+    step(model, opt)
+    torch.manual_seed(5)
+    step(fresh, fresh_opt)
+    for ours, theirs in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_dtype_and_every_memory_layout(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(7)
+    state: dict[str, torch.Tensor] = {}
+    for code, dtype in DTYPES.items():
+        raw = torch.randint(0, 2, (6, 10 * dtype.itemsize), dtype=torch.uint8, generator=generator)
+        state[code] = raw.view(dtype) if dtype != torch.bool else raw.bool()
+    wide = torch.randn(4, 3, 5, 6, generator=generator)
+    state |= {
+        "channels_last": wide.to(memory_format=torch.channels_last),
+        "transposed": torch.randn(9, 4, generator=generator).t(),
+        "strided": torch.randn(20, 8, generator=generator)[::3, 1:7:2],
+        "expanded": torch.randn(5, 1, generator=generator).expand(5, 4),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "parameter": nn.Parameter(torch.randn(3, generator=generator)),
+        "conjugate": torch.randn(3, 2, dtype=torch.complex64, generator=generator).conj(),
+    }
+    ckptd.save(str(tmp_path / "c"), state)
+    target = {}
+    for name, tensor in state.items():
+        base = torch.zeros(tensor.numel() * 9 + 64, dtype=tensor.dtype)
+        resolved = tensor.detach().resolve_conj()
+        target[name] = base.as_strided(resolved.shape, resolved.stride())
+    ckptd.load(str(tmp_path / "c"), target)
+    opened = ckptd.open(str(tmp_path / "c"))
+    for name, tensor in state.items():
+        expected = tensor.detach().resolve_conj().contiguous().view(-1).view(torch.uint8)
+        for found in (target[name], opened[name][...]):
+            assert found.dtype == tensor.dtype and found.shape == tensor.shape
+            assert torch.equal(found.contiguous().view(-1).view(torch.uint8), expected), name
+
+
+def test_what_differs_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
+    url = str(tmp_path / "c")
+    ckptd.save(url, {"a": torch.ones(3), "b": torch.ones(2, 2), "only.there": torch.ones(1)})
+
+    def refused(into: dict[str, torch.Tensor], text: str, **options: Any) -> None:
+        with pytest.raises(StateMismatch, match=text):
+            ckptd.load(url, into, **options)
+        assert all((t == 0).all() for t in into.values())
+
+    zeros = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
+    refused(
+        {**zeros, "only.here": torch.zeros(1)}, "1 not in the checkpoint: only.here; 1 only in .*: only.there"
+    )
+    refused(dict(zeros), "only.there", allow_unexpected=["other*"])
+    refused(
+        {**zeros, "b": torch.zeros(4)}, r"b is stored as F32 \[2, 2\], and is F32 \[4\] here", strict=False
+    )
+    refused({**zeros, "b": torch.zeros(2, 2).double()}, "stored as F32", strict=False)
+    with pytest.raises(StateMismatch, match="no memory"):
+        ckptd.load(url, {"a": torch.zeros(3, device="meta")}, strict=False)
+    report = ckptd.load(
+        url,
+        {"a": zeros["a"], "b": torch.zeros(2, 2).double(), "mine": torch.zeros(1)},
+        allow_missing="mi*",
+        allow_unexpected=True,
+        cast=True,
+    )
+    assert (report.missing, report.unexpected, report.cast) == (("mine",), ("only.there",), ("b",))
+    assert (zeros["a"] == 1).all()
+
+
+def test_a_damaged_block_reaches_no_tensor(tmp_path: Path) -> None:
+    url = str(tmp_path / "c")
+    ckptd.save(url, {"a": torch.ones(1 << 20)})
+    file = tmp_path / "c" / place.object_name(0)
+    data = bytearray(file.read_bytes())
+    data[4096 + 3_000_000] ^= 1
+    file.write_bytes(data)
+    target = torch.zeros(1 << 20)
+    with pytest.raises(CorruptCheckpoint, match="damaged"):
+        ckptd.load(url, {"a": target})
+    assert set(target.unique().tolist()) <= {0.0, 1.0}
+    at = 3_000_000 // 65536 * 65536 // 4
+    assert (target[at : at + 16384 - 1024] == 0).all()
+    file.write_bytes(data[:-5])
+    target.zero_()
+    with pytest.raises(CorruptCheckpoint, match="truncated"):
+        ckptd.load(url, {"a": target})
+    assert (target == 0).all()
+
+
+def test_a_lone_module_finds_its_names_under_a_key(tmp_path: Path) -> None:
+    model, opt = trained(1)
+    ckptd.save(str(tmp_path / "a"), {"model": model, "opt": opt})
+    ckptd.save(str(tmp_path / "b"), model)
+    for place_ in ("a", "b"):
+        other, _ = trained(2)
+        assert ckptd.load(str(tmp_path / place_), other).tensors == len(model.state_dict())
+        for ours, theirs in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_configured_store_is_where_ckptd_urls_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTD_STORE", str(tmp_path))
+    manifest = ckptd.save("ckptd://llama/step-7", {"a": torch.ones(3)})
+    assert (manifest.job, manifest.step, manifest.form) == ("llama", 7, "consolidated")
+    assert (tmp_path / "llama" / "step-00000007.g00000" / "manifest.json").exists()
+    assert ckptd.open("ckptd://llama/latest")["a"][1:].tolist() == [1.0, 1.0]
+    with pytest.raises(AlreadyThere):
+        ckptd.save("ckptd://llama/step-7", {"a": torch.ones(3)})
+    with pytest.raises(NotFound):
+        ckptd.open("ckptd://llama/step-8")
+
+
+def test_values_and_nested_dicts(tmp_path: Path) -> None:
+    saved = {"a": {"x": torch.ones(2), "n": [1, 2]}, "list": [torch.zeros(1), 5], "plain": {"k": (1, "z")}}
+    ckptd.save(str(tmp_path / "c"), saved)
+    into = {"a": {"x": torch.zeros(2), "n": None}, "list": [torch.ones(1), 0], "plain": None}
+    ckptd.load(str(tmp_path / "c"), into)
+    assert into["a"]["n"] == [1, 2] and into["list"][1] == 5 and into["plain"] == {"k": (1, "z")}  # type: ignore[index]
+    with pytest.raises(InvalidRequest, match="needs its model"):
+        ckptd.load(str(tmp_path / "c"), trained(1)[1])

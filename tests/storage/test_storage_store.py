@@ -1,0 +1,206 @@
+"""Stores: whole files or none, names checked, and the manifest as the commit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from storagekit import arrays, write_split
+
+from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NoSpace, NotFound
+from ckptd.layout.placements import Shard
+from ckptd.storage import catalog, place, writing
+from ckptd.storage import store as stores
+from ckptd.storage.reading import open_checkpoint
+from ckptd.storage.store import AlreadyThere, Store, open_store
+
+
+@pytest.fixture(params=["local", "file-url", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    urls = {
+        "local": str(tmp_path),
+        "file-url": f"file://{tmp_path}",
+        "memory": f"memory://{uuid.uuid4().hex}",
+    }
+    return open_store(urls[request.param]).inside("a")
+
+
+def test_every_store_keeps_what_it_is_given(store: Store) -> None:
+    assert store.list() == []
+    store.put("x", [b"one", memoryview(b"two"), b""])
+    store.inside("b").put("y", [b"z"])
+    assert store.read("x", 6) == b"onetwo"
+    assert store.list() == ["b", "x"] and store.inside("b").list() == ["y"]
+    with store.open("x") as reader:
+        into = bytearray(3)
+        reader.read_into(2, memoryview(into))
+        assert (reader.size, bytes(into)) == (6, b"etw")
+        with pytest.raises(CorruptCheckpoint, match="truncated"):
+            reader.read_into(4, memoryview(into))
+    with pytest.raises(CorruptCheckpoint, match="at most 5"):
+        store.read("x", 5)
+    store.put_if_absent("m", b"first")
+    with pytest.raises(AlreadyThere):
+        store.put_if_absent("m", b"second")
+    assert store.read("m", 10) == b"first"
+    store.delete("x")
+    store.delete("x")
+    with pytest.raises(NotFound):
+        store.open("x")
+    assert store.list() == ["b", "m"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/etc", "a\0", "a b", "x" * 129])
+def test_no_name_leads_out(store: Store, name: str) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: store.put(name, [b""]),
+        lambda: store.put_if_absent(name, b""),
+        lambda: store.open(name),
+        lambda: store.inside(name),
+        lambda: store.delete(name),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidRequest):
+            call()
+
+
+def test_a_writer_that_fails_leaves_nothing(store: Store) -> None:
+    def pieces() -> object:
+        yield b"x" * 100
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        store.put("x", pieces())  # type: ignore[arg-type]
+    assert "x" not in store.list()
+
+
+def test_nothing_is_left_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stores.os, "write", full)
+    with pytest.raises(NoSpace, match="free space"):
+        open_store(str(tmp_path)).put("x", [b"1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_fsync_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fails(descriptor: int) -> None:
+        calls.append(descriptor)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(stores.os, "fsync", fails)
+    with pytest.raises(CkptdError, match="Input/output"):
+        open_store(str(tmp_path)).put("x", [b"1"])
+    assert len(calls) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_link_in_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"s")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(CkptdError):
+        open_store(str(tmp_path)).open("link")
+
+
+KILLED = """
+import sys, os, signal
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from storagekit import arrays, write_split
+from ckptd.layout.placements import Shard
+from ckptd.storage import store
+at = int(sys.argv[3])
+count = 0
+def wrapped(call):
+    def counted(*arguments, **more):
+        global count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **more)
+    return counted
+for name in ("open", "write", "fsync", "link"):
+    setattr(store.os, name, wrapped(getattr(os, name)))
+write_split(Path(sys.argv[1]), arrays(seed=5, count=2), (2,), (Shard(0),))
+print("calls", count)
+"""
+
+
+@pytest.mark.parametrize("at", [1, 4, 9, 15, 21, 24, 25, 26, 27, 28, 29, 10_000])
+def test_a_writer_killed_at_a_system_call_leaves_a_checkpoint_or_none(tmp_path: Path, at: int) -> None:
+    root = tmp_path / "c"
+    command = [sys.executable, "-c", KILLED, str(root), str(Path(__file__).parent), str(at)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode == 0:
+        assert at == 10_000, done.stdout
+    else:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    try:
+        found = open_checkpoint(str(root))
+    except NotFound:
+        assert at != 10_000
+        return
+    assert found.verify() == []
+    assert at > 20
+
+
+def test_a_place_is_written_once(tmp_path: Path) -> None:
+    write_split(tmp_path / "c", arrays(1), (1,), (Shard(0),))
+    with pytest.raises(AlreadyThere, match="written once"):
+        writing.target(str(tmp_path / "c"))
+
+
+def test_publishing_again_is_fine_and_another_one_is_not(tmp_path: Path) -> None:
+    parts = write_split(tmp_path, arrays(1), (2,), (Shard(0),))
+    store = open_store(str(tmp_path))
+    writing.publish(store, writing.Heading("job", 3, world_size=2), parts)
+    with pytest.raises(AlreadyThere):
+        writing.publish(store, writing.Heading("job", 4, world_size=2), parts)
+
+
+def test_nothing_is_published_while_a_part_is_missing(tmp_path: Path) -> None:
+    parts = write_split(tmp_path, arrays(1), (2,), (Shard(0),), publish=False)
+    store = open_store(str(tmp_path))
+    for suffix in (".digests", ""):
+        store.delete(place.object_name(1) + suffix)
+        with pytest.raises(CorruptCheckpoint, match="not in place"):
+            writing.publish(store, writing.Heading("job", 3, world_size=2), parts)
+    assert "manifest.json" not in store.list()
+
+
+def test_the_catalog_lists_what_has_a_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTD_STORE", str(tmp_path))
+    for step, generation in ((5, 0), (5, 1), (9, 0), (12, 0)):
+        directory = tmp_path / "job" / place.directory_name(step, generation)
+        write_split(directory, arrays(step), (1,), (Shard(0),), publish=step != 12, step=step)
+    (tmp_path / "job" / "step-junk").mkdir()
+    found = catalog.entries(str(tmp_path), "job")
+    assert [(e.step, e.generation) for e in found] == [(5, 0), (5, 1), (9, 0)]
+    assert open_checkpoint("ckptd://job/step-5").store.url.endswith("step-00000005.g00001")
+    assert open_checkpoint("ckptd://job/step-5.g0").store.url.endswith("step-00000005.g00000")
+    assert open_checkpoint("ckptd://job/latest").manifest.step == 9
+    with pytest.raises(NotFound, match="step 12"):
+        open_checkpoint("ckptd://job/step-12")
+    # The newest line counts first; what cannot be used is passed over, and named.
+    newest, skipped = catalog.newest(str(tmp_path), "job")
+    assert newest == catalog.Entry(5, 1) and skipped == []
+    (tmp_path / "job" / found[1].directory / place.object_name(0)).write_bytes(b"short")
+    newest, skipped = catalog.newest(str(tmp_path), "job")
+    assert newest == catalog.Entry(9, 0)
+    assert [s.entry for s in skipped] == [found[1]] and "truncated" in skipped[0].why
+
+
+def test_the_default_store_is_in_the_state_directory() -> None:
+    assert place.store_url({"XDG_STATE_HOME": "/s"}) == "/s/ckptd/checkpoints"
+    assert place.store_url({"CKPTD_STORE": "s3://bucket/x"}) == "s3://bucket/x"
+    for step, generation in ((0, 0), (1000, 7), (123456789, 0)):
+        assert place.parse_directory(place.directory_name(step, generation)) == (step, generation)
+    assert place.directory_name(1000, 7) == "step-00001000.g00007"
+    assert place.parse_directory("step-000001000.g00007") is None
