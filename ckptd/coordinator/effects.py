@@ -99,6 +99,13 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class AskStore:
+    """Look for the newest whole checkpoint of `job`; answer by a Stored event if there is one."""
+
+    job: str
+
+
+@dataclass(frozen=True)
 class Announce:
     """One line of a job's history; the names are listed at the wire's TimelineEvent."""
 
@@ -112,4 +119,4 @@ class Announce:
     rung: str = ""
 
 
-Effect = Record | Send | Probe | Announce
+Effect = Record | Send | Probe | AskStore | Announce

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ckptd.memory.inventory import HoldingFact, Roster
+from ckptd.memory.inventory import HoldingFact, Roster, Snapshot
 from ckptd.memory.schedule import NodeFacts
 
 
@@ -151,4 +151,13 @@ class Submitted:
     generation: int = 0
 
 
-Event = Tick | Reported | Disconnected | Probed | Submitted
+@dataclass(frozen=True)
+class Stored:
+    """The answer to AskStore: the newest whole checkpoint of the job."""
+
+    at: float
+    job: str
+    checkpoint: Snapshot
+
+
+Event = Tick | Reported | Disconnected | Probed | Submitted | Stored

@@ -7,7 +7,7 @@ at what changed, so a lost or repeated report makes no difference.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptd.coordinator.events import JobFacts, TrainerState, TransferState
 from ckptd.coordinator.state import (
@@ -20,7 +20,8 @@ from ckptd.coordinator.state import (
     Node,
     State,
 )
-from ckptd.memory.inventory import Choice, Fresh, Unrecoverable, newest_recoverable
+from ckptd.memory.inventory import Choice, Fresh, Snapshot, Unrecoverable, newest_recoverable
+from ckptd.recovery.ladder import Rung
 from ckptd.recovery.plan import Plan, Volunteer, make_plan, seats_of
 
 
@@ -167,12 +168,24 @@ def plan(state: State, job: Job) -> Plan | Waiting:
         ever_protected=job.ever_protected or any(f.facts.watermark is not None for f in facts.values()),
     )
     candidates = volunteers(state, job)
-    if isinstance(choice, Unrecoverable):
+    stored = _from_storage(state, job) if isinstance(choice, Unrecoverable) else None
+    if isinstance(choice, Unrecoverable) and stored is None:
         return Waiting(_lost(job, living) + "; ".join(choice.refusals[:4]), unrecoverable=True)
     missing = job.spec.nodes - len(candidates)
     if missing > 0:
         return Waiting(f"{missing} more node{'s' if missing > 1 else ''}")
+    if isinstance(choice, Unrecoverable):
+        assert stored is not None
+        found = f"storage has step {stored.step} of generation {stored.generation}"
+        fresh = Fresh((*choice.refusals[:4], found))
+        return replace(_made(job, fresh, candidates, living), rung=Rung.STORAGE)
     return _made(job, choice, candidates, living)
+
+
+def _from_storage(state: State, job: Job) -> Snapshot | None:
+    """The checkpoint to go on from, once lost nodes had the time to come back with their memory."""
+    waited = job.lost_since is not None and state.now >= job.lost_since + state.timing.storage_after_s
+    return job.stored if waited else None
 
 
 def _made(job: Job, choice: Choice | Fresh, candidates: list[Volunteer], living: Mapping[str, Node]) -> Plan:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ckptd.coordinator import incident
-from ckptd.coordinator.effects import Announce, CommitEntry, Effect, FinishEntry, Record
+from ckptd.coordinator.effects import Announce, AskStore, CommitEntry, Effect, FinishEntry, Record
 from ckptd.coordinator.events import JobFacts, TransferState
 from ckptd.coordinator.state import (
     ADOPTING,
@@ -144,10 +144,22 @@ def _try(state: State, job: Job) -> Moved:
     found = incident.plan(state, job)
     if isinstance(found, Plan):
         return _commit(state, job, found)
+    effects: list[Effect] = []
+    if found.unrecoverable:
+        job, effects = _ask_store(state, job)
     if found.what == job.waiting_for:
-        return job, []
+        return job, effects
     job = replace(job, waiting_for=found.what)
-    return job, [_say(state, job, "unrecoverable" if found.unrecoverable else "waiting", found.what)]
+    said = _say(state, job, "unrecoverable" if found.unrecoverable else "waiting", found.what)
+    return job, [*effects, said]
+
+
+def _ask_store(state: State, job: Job) -> Moved:
+    """Memory has nothing whole: the store may have; it is asked now and then."""
+    job = replace(job, lost_since=state.now if job.lost_since is None else job.lost_since)
+    if job.asked_at is not None and state.now < job.asked_at + state.timing.storage_after_s:
+        return job, []
+    return replace(job, asked_at=state.now), [AskStore(job.spec.job)]
 
 
 def _commit(state: State, job: Job, plan: Plan) -> Moved:
@@ -167,6 +179,9 @@ def _commit(state: State, job: Job, plan: Plan) -> Moved:
         progress=Progress(step=start.step),
         moved={},
         waiting_for="",
+        lost_since=None,
+        asked_at=None,
+        stored=None,
     )
     names = plan.roster.nodes
     effects: list[Effect] = []

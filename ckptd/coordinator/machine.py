@@ -30,6 +30,7 @@ from ckptd.coordinator.events import (
     Probed,
     Reported,
     Spec,
+    Stored,
     Submitted,
     Tick,
 )
@@ -75,6 +76,10 @@ def step(state: State, event: Event) -> tuple[State, list[Effect]]:
             if event.spec.job not in state.jobs:
                 state = _with_job(state, Job(event.spec, since=state.now, generation=event.generation))
                 effects.append(Record(SpecEntry(event.spec, event.generation)))
+        case Stored():
+            if (job := state.jobs.get(event.job)) is not None:
+                newest = max(job.generation, event.checkpoint.generation)
+                state = _with_job(state, replace(job, stored=event.checkpoint, generation=newest))
     if not isinstance(event, Reported):
         # A report changes nobody else's silence; the next tick is soon enough.
         state, more = _examine_nodes(state)

@@ -36,6 +36,8 @@ class CoordinatorSettings(BaseSettings):
     stop_timeout_s: float = Field(default=15.0, gt=0)
     transfer_stall_s: float = Field(default=10.0, gt=0)
     start_timeout_s: float = Field(default=600.0, gt=0)
+    # When memory has nothing whole any more: how long lost nodes may take to come back with theirs.
+    storage_after_s: float = Field(default=30.0, gt=0)
     # Where the jobs' durable checkpoints are; empty: CKPTD_STORE, or a folder of this user's state directory.
     store: str = ""
     # Timeline events that are kept for watchers, over all jobs.
@@ -80,4 +82,5 @@ class CoordinatorSettings(BaseSettings):
             stop_timeout_s=self.stop_timeout_s,
             transfer_stall_s=self.transfer_stall_s,
             start_timeout_s=self.start_timeout_s,
+            storage_after_s=self.storage_after_s,
         )

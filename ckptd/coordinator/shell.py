@@ -13,13 +13,25 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 from ckptd.coordinator import machine
-from ckptd.coordinator.effects import Announce, Directive, Effect, Probe, Record, Send
-from ckptd.coordinator.events import Disconnected, Event, NodeReport, Probed, Reported, Spec, Submitted, Tick
+from ckptd.coordinator.effects import Announce, AskStore, Directive, Effect, Probe, Record, Send
+from ckptd.coordinator.events import (
+    Disconnected,
+    Event,
+    NodeReport,
+    Probed,
+    Reported,
+    Spec,
+    Stored,
+    Submitted,
+    Tick,
+)
 from ckptd.coordinator.journal import Journal
 from ckptd.coordinator.probe import probe
 from ckptd.coordinator.settings import CoordinatorSettings
 from ckptd.coordinator.state import State
 from ckptd.errors import CkptdError
+from ckptd.memory.inventory import Snapshot
+from ckptd.storage import catalog
 
 log = logging.getLogger("ckptd.coordinator")
 
@@ -198,9 +210,23 @@ class Shell:
                 task = asyncio.create_task(self._probe(effect))
                 self._probes.add(task)
                 task.add_done_callback(self._probes.discard)
+            case AskStore():
+                task = asyncio.create_task(self._ask_store(effect.job))
+                self._probes.add(task)
+                task.add_done_callback(self._probes.discard)
             case Announce():
                 _log(effect)
                 self.timeline.add(effect)
+
+    async def _ask_store(self, job: str) -> None:
+        try:
+            entry, _ = await asyncio.to_thread(catalog.newest, self._settings.store_url(), job)
+        except CkptdError as error:
+            log.warning("job %s: its checkpoints cannot be looked at: %s", job, error)
+            return
+        if entry is not None:
+            self._flush()
+            self._feed(Stored(time.monotonic(), job, Snapshot(entry.generation, entry.step)))
 
     async def _probe(self, effect: Probe) -> None:
         answer = await probe(effect.address, self._settings.probe_timeout_s)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptd.coordinator.effects import Directive
 from ckptd.coordinator.events import Answer, JobFacts, NodeReport, Spec
-from ckptd.memory.inventory import Roster
+from ckptd.memory.inventory import Roster, Snapshot
 from ckptd.memory.schedule import Schedule
 from ckptd.recovery.plan import Plan
 
@@ -40,6 +40,9 @@ class Timing:
     # Generations that fail before their first step: pause before the next one, doubling.
     retry_first_s: float = 0.2
     retry_most_s: float = 10.0
+    # When memory has nothing whole any more: how long lost nodes may take to come back with theirs before
+    # the job goes on from storage, and how often the store is asked.
+    storage_after_s: float = 30.0
     # A dead node that belongs to no job is forgotten.
     forget_s: float = 600.0
 
@@ -138,6 +141,11 @@ class Job:
     failures: int = 0
     retry_at: float = 0.0
     waiting_for: str = ""
+    # Since when memory has nothing whole, and when the store was asked last; None: it has, or was not.
+    lost_since: float | None = None
+    asked_at: float | None = None
+    # The newest checkpoint in the store, as far as somebody asked.
+    stored: Snapshot | None = None
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The rungs of recovery and their prices, cheapest first.
 
-Every way back is a rung with a price.  Storage and reconstruction from neighbouring
-stages will stand below these; whatever is added gets a name here and a price.
+Every way back is a rung with a price.  Reconstruction from neighbouring stages will stand below
+these; whatever is added gets a name here and a price.  Storage has none here: no node is nearer to it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Rung(StrEnum):
     OWN_MEMORY = "own-memory"
     REPLICA = "replica"
     PARITY = "parity"
+    STORAGE = "storage"
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class Plan:
         lines = [f"generation {self.roster.generation} from step {start.step} ({self.rung})"]
         for member in self.roster.members:
             order = self.order(member.node)
-            how = "starts fresh" if order is None else str(order.rung)
+            fresh = "from storage" if self.rung == Rung.STORAGE else "starts fresh"
+            how = fresh if order is None else str(order.rung)
             if order is not None and order.positions:
                 how += f" of {', '.join(order.positions)}, {order.moved_bytes:,} bytes"
             lines.append(f"  {member.node}: ranks {_span(member.ranks)}, {how}")

@@ -7,6 +7,7 @@ on all ranks or on none, and ranks whose peer died die a moment later.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import random
@@ -18,6 +19,7 @@ from coordinator_oracle import Oracle
 from ckptd.coordinator import machine
 from ckptd.coordinator.effects import (
     Announce,
+    AskStore,
     CommitEntry,
     Entry,
     Probe,
@@ -32,6 +34,7 @@ from ckptd.coordinator.events import (
     Probed,
     Reported,
     Spec,
+    Stored,
     Submitted,
     Tick,
     TrainerState,
@@ -39,6 +42,7 @@ from ckptd.coordinator.events import (
 from ckptd.coordinator.state import State, Timing
 from ckptd.memory.inventory import Roster, Snapshot
 from ckptd.memory.schedule import next_schedule
+from ckptd.recovery.ladder import Rung
 
 
 class World(Oracle):
@@ -66,6 +70,8 @@ class World(Oracle):
         self.life = 0
         self.pending: list[tuple[int, NodeReport]] = []
         self.events: list[Announce] = []
+        self.stored: Snapshot | None = None  # the newest checkpoint in the store
+        self.asked_store = 0
         self.stale_directives = self.late_names = self.no_slots = self.empty_restarts = 0
         self.trouble = 0.0  # probability that a stream is cut, for each report
         self.training_generation = 0
@@ -166,6 +172,11 @@ class World(Oracle):
                     self.send_directive(effect)
                 case Probe():
                     self.probe(effect)
+                case AskStore():
+                    self.asked_store += 1
+                    if self.stored is not None:
+                        answer = Stored(self.now, effect.job, self.stored)
+                        self.after(0.2, functools.partial(self.feed, answer))
                 case Announce():
                     self.events.append(effect)
                     if effect.name == "protected":
@@ -179,6 +190,9 @@ class World(Oracle):
                 assert self.rosters[roster.generation] == roster, "one roster per generation"
                 return
             assert roster.generation > max(self.rosters, default=0), "generations only grow"
+            if entry.plan.rung == Rung.STORAGE:
+                assert self.stored is not None and self.losses() > roster.parity, "memory goes before storage"
+                self.protected, self.protected_steps = None, []
             self.rosters[roster.generation] = roster
             self.check_start(roster)
 

@@ -15,6 +15,7 @@ from ckptd.coordinator.effects import Announce, CommitEntry, Record, Send
 from ckptd.coordinator.events import NodeReport, Reported, Spec, Submitted, Tick
 from ckptd.coordinator.state import FINISHED, RUNNING, Job, State, Timing
 from ckptd.errors import InvalidRequest
+from ckptd.memory.inventory import Snapshot
 
 SEEDS = range(3)
 STEPS = ["stopped", "planned", "committed", "transferred", "started", "running"]
@@ -357,6 +358,43 @@ def test_a_cluster_that_lost_everything_does_not_start_afresh_silently() -> None
     made.run_for(20.0)
     assert set(made.rosters) == {1}
     assert "unrecoverable" in names(made)
+
+
+@pytest.mark.parametrize("coordinator_too", [False, True])
+def test_when_memory_has_nothing_the_job_goes_on_from_storage_once_lost_nodes_had_their_time(
+    coordinator_too: bool,
+) -> None:
+    made = world()
+    made.stored = Snapshot(1, 7)
+    if coordinator_too:
+        made.kill_coordinator()
+    for node in made.nodes.values():
+        made.kill_node(node)
+    made.run_for(1.0)
+    for node in made.nodes.values():
+        made.start_node(node)
+    if coordinator_too:
+        made.start_coordinator()
+    at = made.now
+    made.run_for(made.timing.storage_after_s - 5.0)
+    assert "unrecoverable" in names(made) and set(made.rosters) == {1}, "lost nodes have time to come back"
+    assert made.asked_store == 1
+    made.run_for(20.0)
+    assert first(made, "planned", at).rung == "storage"
+    assert "storage has step 7 of generation 1" in first(made, "planned", at).text
+    assert made.rosters[2].start == Snapshot(), "its trainers load the checkpoint themselves"
+    recovers(made)
+
+
+def test_a_store_without_a_checkpoint_is_asked_again_and_nothing_starts_afresh() -> None:
+    made = world()
+    for node in made.nodes.values():
+        made.kill_node(node)
+    made.run_for(1.0)
+    for node in made.nodes.values():
+        made.start_node(node)
+    made.run_for(3 * made.timing.storage_after_s)
+    assert set(made.rosters) == {1} and made.asked_store == 3
 
 
 def test_a_member_that_reboots_faster_than_it_is_noticed_does_not_start_its_generation_twice() -> None:
