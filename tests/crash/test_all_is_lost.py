@@ -43,16 +43,14 @@ class Life:
         self.processes: list[Child] = []
         self.channels: list[Any] = []
         self.tasks: list[asyncio.Task[None]] = []
+        self.memories: list[Path] = []
 
     async def start(self, steps: int, seed: int) -> None:
-        control = address("127.0.0.1")
-        self._ckptd("coordinator", "--listen", control, "--journal", str(self.root / "journal.sqlite"))
-        launchers = [self._node(index, control, steps, seed) for index in range(self.nodes)]
-        coordinator = channel(control)
+        self.control = address("127.0.0.1")
+        self._ckptd("coordinator", "--listen", self.control, "--journal", str(self.root / "journal.sqlite"))
+        coordinator = channel(self.control)
         self.channels.append(coordinator)
-        for connection in self.channels:
-            await serving(connection, "a process of ckptd's", READY_S)
-        self.tasks = [asyncio.create_task(launcher.run()) for launcher in launchers]
+        await self.join(self.name, steps, seed)
         parity = min(1, self.nodes - 1)
         spec = coordinator_pb2.JobSpec(
             job=JOB, nodes=self.nodes, ranks_per_node=1, parity=parity, every=1, slots=3
@@ -60,6 +58,27 @@ class Life:
         header = common_pb2.Header(job=JOB, timeout_ms=10_000)
         stub = coordinator_pb2_grpc.CoordinatorStub(coordinator)
         await stub.Submit(coordinator_pb2.SubmitRequest(header=header, spec=spec), timeout=10.0)
+
+    async def join(self, name: str, steps: int, seed: int) -> None:
+        """As many nodes as the job has, with nothing in memory."""
+        launchers = [self._node(f"{name}{index}", index, steps, seed) for index in range(self.nodes)]
+        for connection in self.channels:
+            await serving(connection, "a process of ckptd's", READY_S)
+        self.tasks += [asyncio.create_task(launcher.run()) for launcher in launchers]
+
+    async def lose_nodes(self) -> None:
+        """All nodes at once, and nothing else."""
+        coordinator, *others = self.processes
+        await asyncio.gather(*(child.end(grace_s=0.0) for child in others))
+        self.processes = [coordinator]
+        for connection in self.channels[1:]:
+            await connection.close()
+        del self.channels[1:]
+        for path in self.memories:
+            shutil.rmtree(path)
+        self.memories.clear()
+        for path in self.out.iterdir():
+            path.unlink()
 
     async def told(self) -> list[dict[str, Any]]:
         """What every rank says about its resume."""
@@ -85,10 +104,11 @@ class Life:
             await connection.close()
         shutil.rmtree(self.root)
 
-    def _node(self, index: int, control: str, steps: int, seed: int) -> Launcher:
-        name, host = f"{self.name}{index}", f"127.0.0.{index + 2}"
+    def _node(self, name: str, index: int, steps: int, seed: int) -> Launcher:
+        host = f"127.0.0.{index + 2}"
         memory = self.root / name
         memory.mkdir(mode=0o700)
+        self.memories.append(memory)
         listen = address(host)
         flags = {
             "node": name,
@@ -97,7 +117,7 @@ class Life:
             "socket": str(self.root / f"{name}.sock"),
             "memory-dir": str(memory),
             "memory-limit-bytes": str(1 << 28),
-            "coordinator": control,
+            "coordinator": self.control,
         }
         self._ckptd("daemon", *(word for flag, value in flags.items() for word in (f"--{flag}", value)))
         connection = channel(listen)
@@ -120,6 +140,7 @@ class Life:
     def _environment(self) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("CKPTD_")}
         mine = {"CKPTD_STORE": str(self.store), "CKPTD_FLUSH_EVERY": "2", "PYTHONPATH": python_path()}
+        mine["CKPTD_COORDINATOR_STORAGE_AFTER_S"] = "1"
         return kept | mine | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -166,6 +187,31 @@ async def two_lives(tmp_path: Path) -> None:
         await second.end()
         newest = catalog.entries(str(store), JOB)[-1]
         print(f"1 job killed entirely, durable at step {durable.step}, again at {newest.step}")
+
+
+async def other_nodes(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    async with places(tmp_path) as (children, memory):
+        life = Life("life", 2, store, children, memory)
+        await life.start(FOREVER, seed=3)
+        await life.told()
+        await life.until(lambda: catalog.entries(str(store), JOB), "a durable step")
+        await life.lose_nodes()
+        durable = catalog.entries(str(store), JOB)[-1]
+        await life.join("other", FOREVER, seed=77)
+        for told in await life.told():
+            assert (told["step"], told["rung"], told["layout_change"]) == (durable.step, "storage", None)
+            assert told["generation"] > durable.generation
+            assert told["digest"] == digest_after(durable.step)
+        await life.until(
+            lambda: catalog.entries(str(store), JOB)[-1].step > durable.step,
+            "a durable step on the other nodes",
+        )
+        await life.end()
+
+
+def test_when_all_nodes_are_lost_the_coordinator_takes_the_job_to_others_from_storage(tmp_path: Path) -> None:
+    asyncio.run(asyncio.wait_for(other_nodes(tmp_path), 110))
 
 
 def test_a_job_killed_entirely_goes_on_from_storage_with_other_nodes_and_ranks(tmp_path: Path) -> None:
