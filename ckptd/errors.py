@@ -13,7 +13,7 @@
     +-- Unreachable                6   nobody answers there
     |   +-- ProtocolMismatch       6   somebody of another version answers
     +-- StateMismatch              7   the state does not fit the model
-    +-- LayoutRefused              7   a layout is no bijection, or does not fit the tensors; has `rule`, `tensor`
+    +-- LayoutRefused              7   a layout is no bijection, or does not fit; has `rule`, `tensor`
     +-- NoSpace                    8   the memory sum does not fit
     +-- DeadlineExceeded           9
     +-- StaleGeneration            1   a newer generation exists; this process must end
@@ -116,7 +116,7 @@ class StateMismatch(CkptdError):
 
 
 class LayoutRefused(CkptdError):
-    """A layout is no bijection, or does not fit the tensors; found from metadata, before any byte was read."""
+    """A layout is no bijection, or does not fit the tensors; found before any byte was read."""
 
     exit_code = 7
 

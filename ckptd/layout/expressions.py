@@ -1,7 +1,7 @@
 """The layout language's abstract syntax: what a `.layout` file says, before any mesh or shape is known.
 
-Every node is a frozen value; `language.parse` makes them, `language.show` prints them, and `resolve` gives them
-a meaning.  Grammar and semantics: `docs/language.md`.
+Every node is a frozen value; `language.parse` makes them, `language.show` prints them, and `resolve` gives
+them a meaning.  Grammar and semantics: `docs/language.md`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-# --- arithmetic: sizes that are known once the parameters and the mesh are -------------------------------------
+# --- arithmetic: sizes that are known once the parameters and the mesh are ----------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ Arith = Number | Name | Operation | Call
 Grid = tuple[str, ...]  # mesh axes, the fastest first
 
 
-# --- axes: one dimension of a stored tensor -------------------------------------------------------------------
+# --- axes: one dimension of a stored tensor -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Sum:
-    """Ordered sum `{q:r, k:1, v:1}`: the summands one after another, each a piece of its own logical tensor."""
+    """Ordered sum `{q:r, k:1, v:1}`: one summand after another, each a piece of its own logical tensor."""
 
     parts: tuple[tuple[str, Arith], ...]
 
@@ -100,7 +100,7 @@ class Rest:
 Axis = Extent | Product | Sum | Split | Pad
 
 
-# --- names: they have axes too --------------------------------------------------------------------------------
+# --- names: they have axes too ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Wild:
 Pattern = tuple[Text | Index | Wild, ...]
 
 
-# --- rules ------------------------------------------------------------------------------------------------------
+# --- rules --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Rule:
     line: int = field(default=0, compare=False)  # in the text, for messages
 
 
-# --- flat buffers -------------------------------------------------------------------------------------------------
+# --- flat buffers -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,9 @@ Step = Align | PadTo | SplitOver | Strip
 class Flat:
     """`cat(order)[ items then whole ]`: ravel every local tensor, one after another.
 
-    `per_item` steps apply to each tensor's ravel, `whole` steps to the buffer.  `order` is `module` (the order of
-    the rules' tensors as given), `reversed`, or a name under which the caller passes a list of tensor names.
+    `per_item` steps apply to each tensor's ravel, `whole` steps to the buffer.  `order` is `module` (the
+    order of the rules' tensors as given), `reversed`, or a name under which the caller passes a list of
+    tensor names.
     """
 
     order: str
@@ -244,7 +245,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Store:
-    """`store "path" :: key [= flat]`: the file and the key in it where a place's tensors, or a buffer, lie."""
+    """`store "path" :: key [= flat]`: the file, and the key in it, of a place's tensors or a buffer."""
 
     path: Pattern
     key: Pattern

@@ -131,7 +131,7 @@ def by_fully_shard(mesh_shape: Sequence[int], placements: Sequence[Placement]) -
     """Whether strided shards are to be read as `fully_shard`'s, the only part of torch that makes them.
 
     True where there are some, and each one's split factor is the number of ranks to its right that split its
-    dimension.  What else makes such placements, for sizes where it matters, stores other local shapes on some rank.
+    dimension.  Where the readings differ, what stores by the other one has other local shapes on some rank.
     """
     strided = False
     for axis, placement in enumerate(placements):

@@ -14,12 +14,12 @@ Ints = NDArray[np.int64]
 class Tiles:
     """n boxes of one logical tensor with d dimensions.
 
-    Element x of the logical tensor, in box i, is element `start[i] + sum((x - offsets[i]) * strides[i])` of the
-    flat array `arrays[array[i]]` at place `place[i]`.  Products, fused tensors, flat buffers and DTensors all come
-    down to this; a flat range of an n-dimensional tensor is a few boxes.
+    Element x of the logical tensor, in box i, is element `start[i] + sum((x - offsets[i]) * strides[i])` of
+    the flat array `arrays[array[i]]` at place `place[i]`.  Products, fused tensors, flat buffers and
+    DTensors all come down to this; a flat range of an n-dimensional tensor is a few boxes.
 
-    Replicas are whole: the boxes of one `cover` tile the logical tensor exactly (that is the proof's obligation),
-    so a reader may take any one cover.
+    Replicas are whole: the boxes of one `cover` tile the logical tensor exactly (that is the proof's
+    obligation), so a reader may take any one cover.
     """
 
     shape: tuple[int, ...]  # of the logical tensor

@@ -1,8 +1,9 @@
-"""The language: every layout prints and parses back, and every mistake is a LayoutSyntax with place and hint."""
+"""The language: every layout prints and parses back, and every mistake is a LayoutSyntax with a hint."""
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -108,26 +109,23 @@ def patterns(ids: tuple[str, ...] = SIZES) -> st.SearchStrategy[tuple[object, ..
     )  # fmt: skip
     parts = st.lists(st.builds(Text, texts) | st.builds(Wild) | index, min_size=1, max_size=4)
     return parts.filter(
-        lambda found: (
-            not any(
-                isinstance(a, Text) and isinstance(b, Text) for a, b in zip(found, found[1:], strict=False)
-            )
-        )
+        lambda found: not any(isinstance(a, Text) and isinstance(b, Text) for a, b in pairwise(found))
     ).map(tuple)
 
 
 def layouts() -> st.SearchStrategy[Layout]:
     size = ariths(SIZES)
     verbs = (
-        st.builds(Rep, grids(AXES)) | st.builds(Average, grids(AXES)) | st.builds(On, st.sampled_from(AXES), size)
-        | st.builds(Tied, patterns()) | st.builds(Drop) | st.builds(As, st.sampled_from(DTYPES))
+        st.builds(Rep, grids(AXES)) | st.builds(Average, grids(AXES))
+        | st.builds(On, st.sampled_from(AXES), size) | st.builds(Tied, patterns()) | st.builds(Drop)
+        | st.builds(As, st.sampled_from(DTYPES))
         | st.builds(Transposed) | st.builds(When, size)
     )  # fmt: skip
     dims = st.builds(
         lambda found, rest: (*found, *rest), st.lists(axes(), max_size=3), st.just(()) | st.just((Rest(),))
     )
     rules = st.builds(
-        lambda number, name, dims, pieces, verbs: Rule((Text(f"n{number}."), Wild(), *name), dims, pieces, verbs),
+        lambda number, name, *more: Rule((Text(f"n{number}."), Wild(), *name), *more),
         st.integers(0, 10**6), patterns().filter(lambda name: not isinstance(name[0], Text)) | st.just(()),
         st.none() | dims, st.lists(patterns(), max_size=3).map(tuple), st.lists(verbs, max_size=3).map(tuple),
     )  # fmt: skip
@@ -152,7 +150,7 @@ def layouts() -> st.SearchStrategy[Layout]:
         ),
         st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,12}", fullmatch=True), folds,
         st.tuples(*(st.tuples(st.just(name), ariths(PARAMETERS)) for name in LETS)),
-        st.lists(st.tuples(LABELS, st.sampled_from(DTYPES)), max_size=2, unique_by=lambda pair: pair[0]).map(tuple),
+        st.lists(st.tuples(LABELS, st.sampled_from(DTYPES)), max_size=2, unique_by=lambda p: p[0]).map(tuple),
         st.lists(rules, max_size=3, unique_by=lambda one: one.pieces or (one.name,)).map(tuple),
         st.lists(stores, max_size=2).map(tuple),
     )  # fmt: skip

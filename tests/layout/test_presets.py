@@ -1,4 +1,4 @@
-"""The presets: each proved on its family's models, compared with numpy, converted into every other and back."""
+"""The presets: each proved on its family's models, compared with numpy, converted to all others and back."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Case:
         # One logical name for each array: gate and up are one.
         orders["experts"] = [name for name in names if re.search(r"experts\.\d+\.(gate|down)", name)]
         return resolve(
-            presets.load(self.preset), parameters=self.parameters, mesh=self.mesh, shapes=shapes, orders=orders,
-            state=self.state,
+            presets.load(self.preset), parameters=self.parameters, mesh=self.mesh, shapes=shapes,
+            orders=orders, state=self.state,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Twelve wrong layouts: structural ones are refused by the proof, wrong meanings are contradicted by every reference.
+"""Twelve wrong layouts: wrong structure is refused by the proof, wrong meaning contradicted by references.
 
 A wrong meaning is a perfect bijection with all the right shapes: the proof passes, and must not say that
 it is confirmed.  The checkpoint itself is laid out by numpy alone, written down as the framework does it.
@@ -101,7 +101,8 @@ def laid_out(s: Sizes, logical: Logical) -> Places:
             for n in range(share):
                 layer = stage * (s.layers // s.vp) + pp * share + n
                 get = {
-                    name: logical[f"layers.{layer}.{name}"] for name in "q k v out gate up down mix".split()
+                    name: logical[f"layers.{layer}.{name}"]
+                    for name in ("q", "k", "v", "out", "gate", "up", "down", "mix")
                 }
                 heads = [get[name].reshape(s.g, -1, s.d, s.hidden) for name in "qkv"]
                 qkv = np.concatenate(heads, axis=1)
@@ -140,7 +141,7 @@ def changed(*pairs: tuple[str, str]) -> str:
     return text
 
 
-# --- references ------------------------------------------------------------------------------------------------
+# --- references ---------------------------------------------------------------------------------------------
 
 OTHER = Sizes(tp=1, dp=1, pp=1, vp=1)
 
@@ -191,7 +192,7 @@ def test_the_right_layout_is_confirmed_by_every_reference(sizes: Sizes, dtype: s
     print(f"{len(known)} references, {len(logical)} tensors")
 
 
-# --- wrong meanings ----------------------------------------------------------------------------------------------
+# --- wrong meanings -----------------------------------------------------------------------------------------
 
 MEANINGS = {
     # name: (what is replaced, which tensors are then others)
@@ -285,7 +286,7 @@ def test_a_contradiction_says_what_is_there_instead() -> None:
     assert said["layers.0.experts.1.w"] == "that is layers.0.experts.2.w"
 
 
-# --- wrong structure -------------------------------------------------------------------------------------------------
+# --- wrong structure ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -300,8 +301,7 @@ class Refused:
 STRUCTURES = {
     "layer twice, by two rules": Refused(
         [(r"\n\}", "\n  extra = layers.2.down\n}")],
-        r"layers\.2\.down is claimed twice, by line \d+ \(extra\) and by line \d+ \(b\.\{l@\(pp\*vp\)\}\.fc2\)|"
-        r"layers\.2\.down is claimed twice, by line \d+ \(b\.\{l@\(pp\*vp\)\}\.fc2\) and by line \d+ \(extra\)",
+        r"layers\.2\.down is claimed twice, by line \d+ \(.*\) and by line \d+ \(.*\)",
         "layers.2.down",
     ),
     "layer twice, on two stages": Refused(
@@ -309,7 +309,9 @@ STRUCTURES = {
         r"line 9: layers\.0\.down is held 2 times over axis pp, but the layout does not say `rep pp`",
         "layers.0.down",
     ),
-    "expert never": Refused([], r"no rule claims layers\.0\.experts\.3\.w", "layers.0.experts.3.w", (("e", 3),)),
+    "expert never": Refused(
+        [], r"no rule claims layers\.0\.experts\.3\.w", "layers.0.experts.3.w", (("e", 3),)
+    ),
     "forgotten padding": Refused(
         [(r"_\^\(4\*tp\) @tp", "_@tp")],
         r"rank 0 holds embed with shape \[8, 4\] = 32 elements, and the layout says \[5, 4\] = 20: "
@@ -324,15 +326,19 @@ STRUCTURES = {
         alone=True,
     ),
     "volumes that do not close": Refused(
-        [], r"line 6: b\..* says that layers\.0\.q has shape \[8, 4\], but its shape is \[12, 4\]", "layers.0.q", (("r", 2),)
+        [],
+        r"line 6: b\..* says that layers\.0\.q has shape \[8, 4\], but its shape is \[12, 4\]",
+        "layers.0.q",
+        (("r", 2),),
     ),
-    "volumes that do not close, of an array": Refused(
-        [(r"\.mix          : \[_, _\]                      = layers\.\{l\}\.mix rep tp\*dp", ".mix : [_, _@dp] = layers.{l}.mix rep tp")],
-        r"rank 0 holds b\.0\.mix with shape \[4, 4\] = 16 elements, and the layout says \[4, 2\] = 8: the volumes do not close",
+    "volumes of arrays that do not close": Refused(
+        [(r"\.mix          : \[_, _\] .* rep tp\*dp", ".mix : [_, _@dp] = layers.{l}.mix rep tp")],
+        r"rank 0 holds b\.0\.mix with shape \[4, 4\] = 16 elements, and the layout says \[4, 2\] = 8: "
+        r"the volumes do not close",
         "b.0.mix",
         alone=True,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

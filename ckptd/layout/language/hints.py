@@ -20,9 +20,10 @@ STEPS = ("align", "strip", "then")
 _WORDS = {
     "COLON": "`:`", "EQUAL": "`=`", "COMMA": "`,`", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`",
     "RSQB": "`]`", "LBRACE": "`{`", "RBRACE": "`}`", "STAR": "`*`", "VBAR": "`|`", "AT": "`@`",
-    "CIRCUMFLEX": "`^`", "LESSTHAN": "`<`", "MORETHAN": "`>`", "_DOUBLE_COLON": "`::`", "_ELLIPSIS": "`...`", "NAME": "a name",
-    "INT": "a number", "BARE": "a tensor's name", "STRING": "a quoted name", "WORD": "the layout's name",
-    "_SEP": "a new line", "PLUS_MINUS": "`+`", "TIMES_OVER": "`*`", "FUNCTION": "a function",
+    "CIRCUMFLEX": "`^`", "LESSTHAN": "`<`", "MORETHAN": "`>`", "_DOUBLE_COLON": "`::`", "_ELLIPSIS": "`...`",
+    "NAME": "a name", "INT": "a number", "BARE": "a tensor's name", "STRING": "a quoted name",
+    "WORD": "the layout's name", "_SEP": "a new line",
+    "PLUS_MINUS": "`+`", "TIMES_OVER": "`*`", "FUNCTION": "a function",
     "_LAYOUT": "`layout`", "_FOLD": "`fold`", "_CAT": "`cat`",
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Names with axes, as text: `layers.{l@pp}.*` and `"any text, {tp:02}"`, read and printed.
 
-Without quotes a name has letters, digits and `_ . - /`.  Within quotes it has anything; a backslash makes plain
-characters of `" \\ { } *`, and there are `\\n`, `\\t`, `\\uXXXX`, `\\UXXXXXXXX`.
+Without quotes a name has letters, digits and `_ . - /`.  Within quotes it has anything; a backslash makes
+plain characters of `" \\ { } *`, and there are `\\n`, `\\t`, `\\uXXXX`, `\\UXXXXXXXX`.
 """
 
 from __future__ import annotations

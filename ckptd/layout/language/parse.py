@@ -1,7 +1,7 @@
 """A layout from its text.
 
-The grammar gives a tree; here it becomes the abstract syntax, and every name that is used must be declared, so
-that a mistake is shown where it was written and not where a mesh is given to it.
+The grammar gives a tree; here it becomes the abstract syntax, and every name that is used must be
+declared, so that a mistake is shown where it was written and not where a mesh is given to it.
 """
 
 from __future__ import annotations

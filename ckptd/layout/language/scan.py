@@ -1,4 +1,4 @@
-"""Before the grammar: bounds on the text, comments, quotes, balanced brackets, and which newlines end an item.
+"""Before the grammar: bounds on the text, comments, quotes, brackets, and which newlines end an item.
 
 What comes out has the length of what went in, so that a position in one is the position in the other.
 """
@@ -24,7 +24,8 @@ _WIDTH = 100  # characters of a line that a message shows
 # Characters that look like the language's and are not.
 _LOOKS_LIKE = {
     "\u201c": '"', "\u201d": '"', "\u201e": '"', "\u00ab": '"', "\u00bb": '"', "\u2018": '"', "\u2019": '"',
-    "'": '"', "`": '"', "\u00d7": "*", "\u00b7": "*", "\u2217": "*", "\u2013": "-", "\u2014": "-", "\u2212": "-",
+    "'": '"', "`": '"', "\u00d7": "*", "\u00b7": "*", "\u2217": "*", "\u2013": "-", "\u2014": "-",
+    "\u2212": "-",
     "\u2026": "...", "\u00f7": "/", "\u2215": "/", "\uff1a": ":", "\uff0c": ",", "\u2223": "|",
     "\u00a0": "a space", "\ufeff": "nothing (a byte order mark)", "\u200b": "nothing (a zero-width space)",
 }  # fmt: skip
@@ -66,7 +67,8 @@ def mistake(text: str, what: str, position: int, hint: str = "") -> LayoutSyntax
 def scan(text: str) -> Source:
     """The text as the grammar reads it.
 
-    Raises: LayoutSyntax: too long, too deep, brackets that do not match, a string without end, a foreign character.
+    Raises: LayoutSyntax: too long, too deep, brackets that do not match, a string without end, or a foreign
+        character.
     """
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise mistake(

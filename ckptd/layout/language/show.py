@@ -1,8 +1,8 @@
 """A layout as text, in one way only: `parse(show(layout)) == layout`.
 
-That holds for every layout in normal form, which is what `parse` makes: a Product has two factors or more and none of
-them is a Product; a name has no two Texts side by side and none empty; grids and widths are not empty; numbers are
-naturals; every name that is used is declared.
+That holds for every layout in normal form, which is what `parse` makes: a Product has two factors or more and
+none of them is a Product; a name has no two Texts side by side and none empty; grids and widths are not
+empty; numbers are naturals; every name that is used is declared; no two rules claim the same.
 """
 
 from __future__ import annotations
