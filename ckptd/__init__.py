@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from ckptd.errors import CkptdError as CkptdError
 
 __version__ = "0.1.0"
+PREEMPTED = 75  # exit code of a trainer that left because `run.should_stop` said so (EX_TEMPFAIL)
 __all__ = [
+    "PREEMPTED",
     "CkptdError",
     "LoadReport",
     "ResumeReport",

@@ -193,6 +193,16 @@ class Run:
         """One sentence: which failures this installation survives."""
         return self._link.welcome.survives
 
+    @property
+    def should_stop(self) -> bool:
+        """Whether a node of the job is about to end (preempted, drained): a good moment to save and leave.
+
+        Exit code 75 (`ckptd.PREEMPTED`) tells launchers that this was no failure.
+        """
+        with self._lock:
+            self._link.drain()
+            return bool(self._link.view.schedule.stopping)
+
     def resume(self, timeout_s: float = 600.0) -> ResumeReport:
         """Loads the newest recoverable state, and says where training continues.
 

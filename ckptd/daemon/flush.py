@@ -64,6 +64,25 @@ class Flush:
                 if step > job.flush_over and (job.name, job.generation, step) not in self._tasks:
                     self._begin(job, step)
 
+    async def last(self, timeout_s: float) -> None:
+        """This node is to end: returns when the newest protected step of every job is durable, or in time.
+
+        The schedule names the step, so that all nodes write the same one; the trainers are told.
+        """
+        jobs = [j for j in self._jobs.values() if j.flush_every and j.member is not None and not j.finished]
+        for job in jobs:
+            job.leaving = True
+            job.changed()
+        wanted = {job.name: job.schedule.watermark if job.schedule.has_watermark else 0 for job in jobs}
+        try:
+            async with asyncio.timeout(timeout_s if jobs else 0.0):
+                while any(job.flush_over < wanted[job.name] for job in jobs):
+                    await self._next_change(1.0)
+        except TimeoutError:
+            late = [job.name for job in jobs if job.flush_over < wanted[job.name]]
+            if late:
+                log.error("not durable within %g s: jobs %s", timeout_s, ", ".join(late))
+
     def close(self) -> None:
         """Ends the thread once it has done what it is doing."""
         for task in [*self._tasks.values(), *self._answers]:

@@ -79,6 +79,8 @@ class Job:
     stored_generation: int = 0
     # The checkpoint that this generation's trainers loaded from the store, (generation, step).
     resumed_from: tuple[int, int] = (0, 0)
+    # This node was told to end.
+    leaving: bool = False
     # Steps between background flushes, as the settings ask for; 0: none.
     flush_every: int = 0
     # Images captured and not yet digested; a stop is confirmed only when there are none.

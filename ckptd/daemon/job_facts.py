@@ -32,6 +32,7 @@ def report_of(job: Job) -> coordinator_pb2.JobReport:
         aborted=sorted(job.aborted),
         flush_every=job.flush_every,
         flush_over=job.flush_over,
+        leaving=job.leaving,
     )
 
 

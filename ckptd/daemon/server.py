@@ -101,6 +101,7 @@ async def _work(node: Node, stop: asyncio.Event) -> None:
         done, _ = await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()  # a part that failed ends the daemon, loudly
+        await node.flush.last(settings.last_flush_s)
     finally:
         trainers.close()
         for task in [*tasks, ended]:

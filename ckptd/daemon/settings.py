@@ -53,6 +53,8 @@ class DaemonSettings(BaseSettings):
     flush_every: int = Field(default=0, ge=0)
     # How long the node that publishes waits for the others' parts.
     flush_timeout_s: float = Field(default=600.0, gt=0)
+    # When the daemon is told to end: how long it may take to make the newest protected steps durable.
+    last_flush_s: float = Field(default=20.0, ge=0)
     # Listen beyond loopback without TLS; the name says what that is.
     insecure: bool = False
 

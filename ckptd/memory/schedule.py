@@ -46,6 +46,8 @@ class NodeFacts:
     flush_every: int = 0
     # Newest step whose background flush is over here, well or not.
     flush_over: int = 0
+    # This node was told to end.
+    leaving: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Schedule:
     aborted: tuple[int, ...] = ()
     # The step that all nodes make durable in the background; 0: none.
     flush: int = 0
+    # Which nodes are about to end, for people; empty: none.
+    stopping: str = ""
     # Not on the wire.  Newest step that was ever chosen for that.
     flushed_through: int = 0
     # Not on the wire.  Invariant: no step up to this one is ever named again.
@@ -127,12 +131,14 @@ def next_schedule(
             # completed + 1 is the first step that every rank can still capture.
             named_through = _next_multiple(max(named_through, completed + margin), every)
             due.add(named_through)
-    flush = _flush(old, sorted(due - set(old.due)), list(known.values()), start_step, complete=not missing)
+    named = sorted(due - set(old.due))
+    flush = 0 if missing else _flush(old, named, list(known.values()), start_step, watermark)
     return Schedule(
         generation=generation,
         watermark=watermark,
         due=tuple(sorted(due)),
         flush=flush,
+        stopping=", ".join(f"node {f.node} is told to end" for f in known.values() if f.leaving),
         flushed_through=max(old.flushed_through, flush),
         held=held,
         paused=_paused(missing, away or {}, known.values()),
@@ -153,20 +159,24 @@ def _watermark(old: int | None, known: Sequence[NodeFacts], *, complete: bool) -
 
 
 def _flush(
-    old: Schedule, named: Sequence[int], known: Sequence[NodeFacts], start_step: int, *, complete: bool
+    old: Schedule, named: Sequence[int], known: Sequence[NodeFacts], start_step: int, watermark: int | None
 ) -> int:
     """The step to be made durable: one at a time, and chosen when it is named.
 
-    So every node knows of it before it is captured, and all of them write the same one.
+    So every node knows of it before it is captured, and all of them write the same one.  Where a node is
+    about to end, it is the watermark, which every node still holds; should a newer one overtake it, that
+    one is next.
     """
     over = min((f.flush_over for f in known), default=0)
     given_up = any(old.flush in f.aborted for f in known)
     if old.flush > over and not given_up:
         return old.flush
     every = max((f.flush_every for f in known), default=0)
-    if not complete or not all(f.flush_every for f in known) or not every:
+    if not all(f.flush_every for f in known) or not every:
         return 0
     last = max(old.flushed_through, over, start_step)
+    if any(f.leaving for f in known):
+        return watermark if watermark is not None and watermark > last else 0
     return next((step for step in named if step // every > last // every), 0)
 
 
@@ -220,6 +230,7 @@ def facts_of(node: str, report: coordinator_pb2.JobReport) -> NodeFacts:
         unreachable=tuple(report.unreachable_peers),
         flush_every=report.flush_every,
         flush_over=report.flush_over,
+        leaving=report.leaving,
     )
 
 
@@ -234,6 +245,7 @@ def to_message(schedule: Schedule) -> common_pb2.Schedule:
         paused=schedule.paused,
         aborted=schedule.aborted,
         flush=schedule.flush,
+        stopping=schedule.stopping,
     )
 
 
@@ -248,6 +260,7 @@ def from_message(message: common_pb2.Schedule) -> Schedule:
         paused=message.paused,
         aborted=tuple(message.aborted),
         flush=message.flush,
+        stopping=message.stopping,
         flushed_through=message.flush,
         named_through=max([watermark or 0, *message.due, *message.aborted]),
     )

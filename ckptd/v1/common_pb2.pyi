@@ -89,7 +89,7 @@ class Snapshot(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Schedule(_message.Message):
-    __slots__ = ("watermark", "has_watermark", "due", "held", "paused", "aborted", "generation", "flush")
+    __slots__ = ("watermark", "has_watermark", "due", "held", "paused", "aborted", "generation", "flush", "stopping")
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
     HAS_WATERMARK_FIELD_NUMBER: _ClassVar[int]
     DUE_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,7 @@ class Schedule(_message.Message):
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
     watermark: int
     has_watermark: bool
     due: _containers.RepeatedScalarFieldContainer[int]
@@ -106,4 +107,5 @@ class Schedule(_message.Message):
     aborted: _containers.RepeatedScalarFieldContainer[int]
     generation: int
     flush: int
-    def __init__(self, watermark: _Optional[int] = ..., has_watermark: _Optional[bool] = ..., due: _Optional[_Iterable[int]] = ..., held: _Optional[bool] = ..., paused: _Optional[str] = ..., aborted: _Optional[_Iterable[int]] = ..., generation: _Optional[int] = ..., flush: _Optional[int] = ...) -> None: ...
+    stopping: str
+    def __init__(self, watermark: _Optional[int] = ..., has_watermark: _Optional[bool] = ..., due: _Optional[_Iterable[int]] = ..., held: _Optional[bool] = ..., paused: _Optional[str] = ..., aborted: _Optional[_Iterable[int]] = ..., generation: _Optional[int] = ..., flush: _Optional[int] = ..., stopping: _Optional[str] = ...) -> None: ...

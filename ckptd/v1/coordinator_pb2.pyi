@@ -65,7 +65,7 @@ class NodeReport(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ..., protocol: _Optional[int] = ..., node: _Optional[str] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., domain: _Optional[str] = ..., control_address: _Optional[str] = ..., bulk_address: _Optional[str] = ..., rendezvous_host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobReport, _Mapping]]] = ...) -> None: ...
 
 class JobReport(_message.Message):
-    __slots__ = ("job", "generation", "roster", "stopped_through", "running_generation", "trainers", "holdings", "transfer", "watermark", "has_watermark", "held", "spec", "unreachable_peers", "finished", "aborted", "flush_every", "flush_over")
+    __slots__ = ("job", "generation", "roster", "stopped_through", "running_generation", "trainers", "holdings", "transfer", "watermark", "has_watermark", "held", "spec", "unreachable_peers", "finished", "aborted", "flush_every", "flush_over", "leaving")
     JOB_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class JobReport(_message.Message):
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     FLUSH_EVERY_FIELD_NUMBER: _ClassVar[int]
     FLUSH_OVER_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     job: str
     generation: int
     roster: _common_pb2.Roster
@@ -100,7 +101,8 @@ class JobReport(_message.Message):
     aborted: _containers.RepeatedScalarFieldContainer[int]
     flush_every: int
     flush_over: int
-    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., roster: _Optional[_Union[_common_pb2.Roster, _Mapping]] = ..., stopped_through: _Optional[int] = ..., running_generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[Trainer, _Mapping]]] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., transfer: _Optional[_Union[Transfer, _Mapping]] = ..., watermark: _Optional[int] = ..., has_watermark: _Optional[bool] = ..., held: _Optional[bool] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., unreachable_peers: _Optional[_Iterable[str]] = ..., finished: _Optional[bool] = ..., aborted: _Optional[_Iterable[int]] = ..., flush_every: _Optional[int] = ..., flush_over: _Optional[int] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., roster: _Optional[_Union[_common_pb2.Roster, _Mapping]] = ..., stopped_through: _Optional[int] = ..., running_generation: _Optional[int] = ..., trainers: _Optional[_Iterable[_Union[Trainer, _Mapping]]] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., transfer: _Optional[_Union[Transfer, _Mapping]] = ..., watermark: _Optional[int] = ..., has_watermark: _Optional[bool] = ..., held: _Optional[bool] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., unreachable_peers: _Optional[_Iterable[str]] = ..., finished: _Optional[bool] = ..., aborted: _Optional[_Iterable[int]] = ..., flush_every: _Optional[int] = ..., flush_over: _Optional[int] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Trainer(_message.Message):
     __slots__ = ("rank", "generation", "pid", "state", "step", "ready", "exit")

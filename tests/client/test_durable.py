@@ -128,6 +128,28 @@ def test_the_background_flush_makes_steps_durable_without_being_asked(
         assert_same(control(found[-1].step), state_of(revived))
 
 
+def test_a_daemon_that_is_told_to_end_makes_the_newest_protected_step_durable_first(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTD_FLUSH_EVERY", "1000")  # no step of this test by itself
+    trainee = scheduled(5)
+    with ckptd.attach("life", max_lag=1, **trainee.objects) as run:
+        run.resume()
+        train(trainee, run, 0, 3)
+        run.save()
+        assert not run.should_stop
+        (daemon,) = embedded._started
+        daemon.terminate()
+        wait_for(lambda: run.should_stop or daemon.poll() is not None)
+        assert daemon.wait(DEADLINE_S) == 0
+        assert [entry.step for entry in catalog.entries(str(store), "life")] == [3]
+    lose_memory()
+    revived = scheduled(99)
+    with ckptd.attach("life", max_lag=1, **revived.objects) as run:
+        assert run.resume().step == 3
+        assert_same(control(3), state_of(revived))
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(store: Path) -> None:
     trainee = scheduled(5)
     with ckptd.attach("life", max_lag=1, **trainee.objects) as run:

@@ -306,3 +306,55 @@ def test_steps_faster_than_messages_are_named_far_enough_ahead(seed: int) -> Non
     print(f"seed {seed}: {len(given_up)} given up, {len(cluster.captured['a'])} captured")
     assert cluster.schedule is not None and (cluster.schedule.watermark or 0) > 1900
     assert len(given_up) < len(cluster.captured["a"]) / 3
+
+
+# Background flushes
+
+
+def flushing(name: str, step: int, **facts: object) -> NodeFacts:
+    return node(name, step, **{"flush_every": 5, **facts})
+
+
+def test_one_step_at_a_time_is_named_for_the_store_when_it_is_named_at_all() -> None:
+    first = compute(None, flushing("a", 3), flushing("b", 3))
+    assert (first.due, first.flush) == ((4, 5), 5)
+    # Until every node is done with it, it stands, whatever else is named.
+    folded = frozenset({4, 5})
+    second = compute(first, flushing("a", 5, folded=folded, flush_over=5), flushing("b", 5, folded=folded))
+    assert (second.due, second.flush) == ((6, 7), 5)
+    third = compute(second, flushing("a", 5, flush_over=5), flushing("b", 5, flush_over=5))
+    assert third.flush == 0, "6 and 7 were named before, and 10 is not near"
+    steps = frozenset(range(6, 10))
+    fourth = compute(
+        third,
+        flushing("a", 9, flush_over=5, folded=steps),
+        flushing("b", 9, flush_over=5, folded=steps),
+    )
+    assert fourth.due == (10, 11) and fourth.flush == 10
+
+
+def test_a_step_that_is_given_up_is_not_waited_for() -> None:
+    first = compute(None, flushing("a", 3), flushing("b", 3))
+    aborted = frozenset({5})
+    second = compute(first, flushing("a", 5, aborted=aborted), flushing("b", 5))
+    assert second.flush != 5
+
+
+def test_nothing_is_flushed_where_one_node_is_not_set_to() -> None:
+    assert compute(None, flushing("a", 4), flushing("b", 4, flush_every=0)).flush == 0
+
+
+def test_a_node_about_to_end_makes_the_watermark_the_next_and_says_so() -> None:
+    folded = frozenset({3})
+    first = compute(None, flushing("a", 3, folded=folded), flushing("b", 3, folded=folded, leaving=True))
+    assert (first.watermark, first.flush) == (3, 3)
+    assert first.stopping == "node b is told to end"
+    done = compute(first, flushing("a", 3, flush_over=3), flushing("b", 3, flush_over=3, leaving=True))
+    assert done.flush == 0, "it is durable"
+    newer = frozenset({4})
+    last = compute(
+        done,
+        flushing("a", 4, folded=newer, flush_over=3),
+        flushing("b", 4, folded=newer, flush_over=3, leaving=True),
+    )
+    assert last.flush == 4
