@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from ckptd.cli import local
+from ckptd.cli import checkpoints, local
 from ckptd.cli import status as status_command
 from ckptd.errors import CkptdError, InvalidRequest
 from ckptd.v1 import daemon_pb2
@@ -190,6 +190,9 @@ def forget(
         typer.echo(json.dumps({"schema": "ckptd.forget/1", "job": job, "freed_bytes": reply.freed_bytes}))
     else:
         typer.echo(f"{job}: {reply.freed_bytes:,} bytes freed")
+
+
+checkpoints.register(app)
 
 
 def _settings(kind: Any, flags: dict[str, Any]) -> Any:

@@ -31,6 +31,7 @@ def save(
     generation: int = 0,
     job: str | None = None,
     group: Any = None,
+    compress: bool = False,
 ) -> Manifest:
     """Writes `state` as a checkpoint at `url`; durable and visible when this returns, or not there at all.
 
@@ -42,6 +43,8 @@ def save(
         state: as for `ckptd.load`.
         layout: the layout that names and tensors follow, to be kept with them.
         step, job: of the checkpoint, where the URL does not say them (0 and "save").
+
+        compress: in seekable frames (`docs/format.md`); ranges of it are read as ever.
 
     Returns:
         The manifest, on every rank.
@@ -65,10 +68,10 @@ def save(
         world_size=ranks.size,
         layout=layout,
     )
-    return _save(store, heading, found, ranks)
+    return _save(store, heading, found, ranks, compress)
 
 
-def _save(store: Store, heading: writing.Heading, found: Universal, ranks: Ranks) -> Manifest:
+def _save(store: Store, heading: writing.Heading, found: Universal, ranks: Ranks, compress: bool) -> Manifest:
     held, objects = ranks.together(lambda: _hold(found, ranks.rank))
     mine = {t.name: t for t, _ in held}
     table = Part(ranks.rank, "table", 0, bytes(16), tuple(mine.values())).write()
@@ -84,6 +87,7 @@ def _save(store: Store, heading: writing.Heading, found: Universal, ranks: Ranks
             [t for name, t in mine.items() if name in chosen],
             lambda name: tuple(local[name].shape),
             lambda name: targets.stored_bytes(local[name]),
+            compress=compress,
         )
 
     parts = [Part.read(data) for data in ranks.gather(ranks.together(write).write())]
@@ -121,8 +125,9 @@ def _local(name: str, tensor: torch.Tensor, rank: int) -> tuple[LocalTensor, tor
     """A tensor as it lies contiguous in a file: its boxes, and the digest of its bytes."""
     described = targets.describe(name, tensor, rank)
     local = local_of(tensor).detach()
-    digest = xxh3_128_digest(targets.stored_bytes(local))
-    return LocalTensor.of_tiles(name, described.dtype, described.tiles, name, digest), local
+    data = targets.stored_bytes(local)
+    held = LocalTensor.of_tiles(name, described.dtype, described.tiles, name, xxh3_128_digest(data))
+    return held.fingerprinted(data), local
 
 
 def _referenced(path: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:

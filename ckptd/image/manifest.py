@@ -5,7 +5,7 @@ One object, ASCII, without white space, in the order below; `docs/format.md` has
     {"ckptd.manifest":1,"job":..,"generation":..,"step":..,"parent":[GENERATION,STEP] or null,
      "form":"distributed", "consolidated" or "files","world_size":..,
      "mesh":[[AXIS,SIZE],...],"layout":{"name":..,"text":..,"parameters":{..}} or null,
-     "objects":[[NAME,BYTES,ROOT,RANK],...],
+     "objects":[[NAME,BYTES,ROOT,RANK],...],      (a compressed one: [.., ENCODING,PACKED_BYTES,FRAMES_ROOT])
      "classes":[{"arrays":[..],"boxes":n,"dims":d,"covers":c,"offsets":[COLUMN x d],"sizes":..,"strides":..,
                  "place":COLUMN,"array":COLUMN,"start":COLUMN,"cover":COLUMN},...],
      "tensors":[{"name":..,"dtype":..,"shape":[..],"tiles":CLASS,"differs":true},...],
@@ -40,9 +40,19 @@ MAX_NESTED: Final = 500_000  # lists and objects, likewise: each costs the decod
 MAX_OBJECTS: Final = 250_000
 MAX_TENSORS: Final = 250_000
 MAX_TEXT: Final = 1 << 20  # characters of a layout
+ENCODING: Final = "zstd-planes/1"  # of a compressed file; `ckptd.storage.compression`
+_PACKED_KEYS: Final = ("name", "bytes", "root", "rank", "encoding", "packed_bytes", "frames_root")
 _NUMBER: Final = 1 << 52
 _TAIL: Final = b',"digest":"%b"}\n'
 _TAIL_BYTES: Final = len(_TAIL) - 2 + 32
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """How a compressed file lies in its store (`ckptd.storage.compression`)."""
+
+    nbytes: int  # of all frames: the length of the file
+    root: bytes  # xxh3_128 of the table of frames, 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +60,15 @@ class StoredObject:
     """A file of the checkpoint, in the manifest's own directory."""
 
     name: str
-    nbytes: int
+    nbytes: int  # uncompressed
     root: bytes  # xxh3_128 of its digests, 16 bytes
     rank: int  # whose image it is; the number of the part in the consolidated form
+    packed: Packed | None = None  # None: it lies as it is
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of the file in the store."""
+        return self.nbytes if self.packed is None else self.packed.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +147,7 @@ class Manifest:
             "world_size": self.world_size,
             "mesh": self.mesh,
             "layout": layout,
-            "objects": [[o.name, o.nbytes, o.root.hex(), o.rank] for o in self.objects],
+            "objects": [_object_json(o) for o in self.objects],
             "classes": [write_class(c) for c in self.classes],
             "tensors": [_tensor_json(t) for t in self.tensors],
             "fingerprints": None if prints is None else {name: f"{n:016x}" for name, n in prints.items()},
@@ -158,6 +174,12 @@ class Manifest:
             raise CorruptCheckpoint(
                 "this manifest cannot be used", str(error), "use another checkpoint of this job"
             ) from error
+
+
+def _object_json(stored: StoredObject) -> list[Any]:
+    plain = [stored.name, stored.nbytes, stored.root.hex(), stored.rank]
+    packed = stored.packed
+    return plain if packed is None else [*plain, ENCODING, packed.nbytes, packed.root.hex()]
 
 
 def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
@@ -247,21 +269,28 @@ def _layout(given: Fields) -> StoredLayout:
 def _objects(given: Fields, ranks: int) -> tuple[StoredObject, ...]:
     objects = []
     for item in given.items("objects", MAX_OBJECTS):
-        one = Fields.of_list(item, "an object", ("name", "bytes", "root", "rank"))
+        compressed = isinstance(item, list) and len(item) == len(_PACKED_KEYS)
+        one = Fields.of_list(item, "an object", _PACKED_KEYS if compressed else _PACKED_KEYS[:4])
         objects.append(
             StoredObject(
                 one.name("name", check_name),
                 one.number("bytes", MAX_IMAGE_BYTES),
                 one.hex_bytes("root", 16),
                 one.number("rank", ranks - 1),
+                _packed(one) if compressed else None,
             )
         )
     for what in ("name", "rank"):
         if len({getattr(o, what) for o in objects}) != len(objects):
             raise MalformedField(f"two of its objects have the same {what}")
-    if any(o.name == MANIFEST_NAME or o.name.endswith(".digests") for o in objects):
+    if any(o.name == MANIFEST_NAME or o.name.endswith((".digests", ".frames")) for o in objects):
         raise MalformedField("one of its objects has a name that is reserved")
     return tuple(objects)
+
+
+def _packed(one: Fields) -> Packed:
+    one.one_of("encoding", (ENCODING,))
+    return Packed(one.number("packed_bytes", MAX_IMAGE_BYTES), one.hex_bytes("frames_root", 16))
 
 
 def _tensors(given: Fields, classes: tuple[TileClass, ...], by_layout: bool) -> tuple[StoredTensor, ...]:

@@ -12,6 +12,7 @@ from ckptd.errors import StateMismatch
 from ckptd.image.fields import MalformedField
 from ckptd.image.manifest import StoredTensor
 from ckptd.image.tile_classes import TileClass
+from ckptd.layout.fingerprint import add
 from ckptd.layout.tiles import Tiles
 from ckptd.storage.parts import LocalTensor, Part
 
@@ -24,6 +25,7 @@ class Table:
 
     tensors: tuple[StoredTensor, ...]
     classes: tuple[TileClass, ...]
+    fingerprints: dict[str, int]  # of the tensors whose replicas are equal and whose boxes all have one
 
 
 def table(parts: Sequence[Part]) -> Table:
@@ -39,8 +41,11 @@ def table(parts: Sequence[Part]) -> Table:
     tensors: list[StoredTensor] = []
     classes: dict[Any, int] = {}
     kept: list[TileClass] = []
+    marks: dict[str, int] = {}
     for name, held in _by_name(parts).items():
-        tiles, differs = _tiles(held)
+        tiles, differs, mark = _tiles(held)
+        if mark is not None and not differs:
+            marks[name] = mark
         made = TileClass.from_tiles(name, tiles)
         number = classes.setdefault(made.key(), len(kept))
         first = held[0][1]
@@ -55,7 +60,7 @@ def table(parts: Sequence[Part]) -> Table:
                 "save from all ranks that hold it, each its own part",
             ) from error
         tensors.append(StoredTensor(name, first.dtype, first.shape, number, differs))
-    return Table(tuple(tensors), tuple(kept))
+    return Table(tuple(tensors), tuple(kept), marks)
 
 
 def writers(tables: Sequence[Sequence[LocalTensor]]) -> list[set[str]]:
@@ -93,8 +98,8 @@ def _by_name(parts: Sequence[Part]) -> dict[str, list[Held]]:
     return found
 
 
-def _tiles(held: list[Held]) -> tuple[Tiles, bool]:
-    """All boxes of one tensor with their covers, and whether the covers differ."""
+def _tiles(held: list[Held]) -> tuple[Tiles, bool, int | None]:
+    """All boxes of one tensor with their covers, whether these differ, and the first one's fingerprint."""
     groups: dict[bytes, list[Held]] = {}
     for place, tensor in held:
         if len(tensor.start):
@@ -124,4 +129,6 @@ def _tiles(held: list[Held]) -> tuple[Tiles, bool]:
         repeated([cover for cover, _, _ in chosen]),
         tuple(arrays),
     )
-    return tiles, differs
+    marks = [tensor.fingerprint for cover, _, tensor in chosen if cover == 0]
+    known = [mark for mark in marks if mark is not None]
+    return tiles, differs, add(known) if len(known) == len(marks) else None

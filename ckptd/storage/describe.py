@@ -45,9 +45,10 @@ def tensors_of_image(image: memoryview) -> list[LocalTensor]:
         if spec is None:
             raise _wrong(f"{name!a} is another name of {array!a}, which it lacks")
         if name in forms:
-            found.append(_shard(name, spec.dtype, spec.shape, array, forms[name], digests[array]))
+            local = _shard(name, spec.dtype, spec.shape, array, forms[name], digests[array])
         else:
-            found.append(LocalTensor.whole(name, spec.dtype, spec.shape, array, digests[array]))
+            local = LocalTensor.whole(name, spec.dtype, spec.shape, array, digests[array])
+        found.append(local.fingerprinted(plan.tensor(image, array)))
     return found
 
 

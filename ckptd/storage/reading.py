@@ -26,9 +26,10 @@ from ckptd.image.plan import DTYPE_BITS
 from ckptd.image.variable import read_tail
 from ckptd.layout import boxes
 from ckptd.layout.tiles import Tiles
-from ckptd.storage import catalog, place, transfer
+from ckptd.storage import catalog, compression, place, transfer
 from ckptd.storage.cache import BlockCache
 from ckptd.storage.fetch import read_verified
+from ckptd.storage.salvage import Salvage
 from ckptd.storage.store import Reader, Store, open_store
 
 Array = NDArray[np.generic]
@@ -89,6 +90,7 @@ class Checkpoint(Mapping[str, "StoredTensorView"]):
         self.cache = BlockCache()
         self._wrap = wrap or (lambda array, _: array)
         self._objects: dict[int, OpenObject] = {}
+        self._frames_of: dict[int, compression.Frames] = {}
         self._lock = threading.Lock()
         self._by_layout: Mapping[str, Tiles] | None = None
 
@@ -114,6 +116,7 @@ class Checkpoint(Mapping[str, "StoredTensorView"]):
         """Forgets what was read; files are open only while something is read of them."""
         self.cache.clear()
         self._objects.clear()
+        self._frames_of.clear()
 
     @property
     def names(self) -> list[str]:
@@ -209,15 +212,21 @@ class Checkpoint(Mapping[str, "StoredTensorView"]):
             raise CorruptCheckpoint(
                 f"{self.store.url} is not complete", f"{stored.name} is gone", "use another checkpoint"
             ) from error
-        if reader.size != stored.nbytes:
+        if reader.size != stored.file_bytes:
             reader.close()
-            what = "truncated" if reader.size < stored.nbytes else "too long"
+            what = "truncated" if reader.size < stored.file_bytes else "too long"
             raise CorruptCheckpoint(
                 f"{stored.name} in {self.store.url} is {what}",
-                f"it has {reader.size} bytes, the manifest says {stored.nbytes}",
+                f"it has {reader.size} bytes, the manifest says {stored.file_bytes}",
                 "use another checkpoint",
             )
-        return reader
+        if stored.packed is None:
+            return reader
+        try:
+            return compression.UnpackingReader(reader, self._frames(index), stored.nbytes, stored.name)
+        except BaseException:
+            reader.close()
+            raise
 
     def opened(self, index: int) -> OpenObject:
         """Returns the verified table and header of an object; read once.
@@ -246,6 +255,16 @@ class Checkpoint(Mapping[str, "StoredTensorView"]):
             ) from error
         return read_table(stored.name, table, stored.nbytes, stored.root)
 
+    def _frames(self, index: int) -> compression.Frames:
+        """The frames of a compressed object, read once."""
+        found = self._frames_of.get(index)
+        if found is None:
+            stored = self.manifest.objects[index]
+            assert stored.packed is not None
+            found = compression.load_frames(self.store, stored.name, stored.nbytes, stored.packed)
+            self._frames_of[index] = found
+        return found
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[transfer.Damage]:
         """Reads and checks everything; returns what is damaged, [] if nothing is.
 
@@ -253,6 +272,14 @@ class Checkpoint(Mapping[str, "StoredTensorView"]):
             progress: called with (bytes done, bytes in all), from one thread.
         """
         return transfer.verify(self, progress)
+
+    def salvage(self) -> Salvage:
+        """Returns what yields (name, values) of every tensor that verifies, and knows the others afterwards.
+
+        kept = checkpoint.salvage()
+        state = dict(kept)                  # kept.lost: {name: why}
+        """
+        return Salvage(self, self._wrap)
 
     def _open_object(self, index: int) -> OpenObject:
         stored = self.manifest.objects[index]

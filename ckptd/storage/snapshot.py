@@ -88,13 +88,13 @@ def publish_when_whole(store: Store, heading: Heading, ranks: Sequence[int]) -> 
 
 
 def newest_generation(store: str, job: str) -> int:
-    """The greatest generation of this job's checkpoints, which none may use again; 0 where there are none.
+    """The greatest generation of this job's checkpoints and rollbacks, which none may use again; 0 for none.
 
     A store that cannot be looked at must not keep a job from training: then a collision is noticed when a
     snapshot is written.
     """
     try:
-        return max((entry.generation for entry in catalog.entries(store, job)), default=0)
+        return catalog.newest_generation(store, job)
     except CkptdError as error:
         log.warning("the checkpoints of job %s cannot be looked at: %s", job, error)
         return 0

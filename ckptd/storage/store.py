@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NoSpace, NotFound
 from ckptd.image.names import check_name
 from ckptd.storage import place
+from ckptd.storage.patient import Patient
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -97,6 +99,21 @@ class Store(ABC):
     def delete(self, name: str) -> None:
         """Removes a file; fine if there is none."""
 
+    def modified(self, name: str) -> float:
+        """Returns when a file was written, in seconds since 1970 by the store's clock.
+
+        Raises:
+            NotFound: there is none.
+        """
+        raise CkptdError(f"{self.url} does not tell when its files were written")
+
+    def touched(self) -> float:
+        """Returns when anything in this directory was last written, scratch files too; 0 for nothing."""
+        return max((self.modified(name) for name in self.list()), default=0.0)
+
+    def remove(self, before: float) -> None:  # noqa: B027  # a store without directories has none to remove
+        """Removes this directory if nothing is in it but what writers left that died before that time."""
+
     @abstractmethod
     def inside(self, name: str) -> Store:
         """Returns the store of a directory in this one."""
@@ -129,6 +146,10 @@ def open_store(url: str) -> Store:
     local = url.removeprefix("file://") if url.startswith("file://") else url
     if "://" not in local and "::" not in local:
         return LocalStore(Path(local).absolute())
+    if url.startswith(("s3://", "s3a://")):
+        from ckptd.storage.s3 import open_s3  # s3fs takes its time to import
+
+        return open_s3(url)
     import fsspec
 
     try:
@@ -161,8 +182,9 @@ class LocalStore(Store):
             try:
                 os.link(scratch, self._path(name))  # fails if the name is taken, where rename would not
             except FileExistsError as error:
+                # Who finds it there may rely on it: the other writer's sync may be still to come.
+                self._sync_directory()
                 raise AlreadyThere(f"{name} exists in {self.url}", next="read it") from error
-            scratch.unlink()
             self._sync_directory()
 
     def open(self, name: str) -> Reader:
@@ -184,6 +206,27 @@ class LocalStore(Store):
             self._path(name).unlink(missing_ok=True)
             if self.root.is_dir():
                 self._sync_directory()
+
+    def modified(self, name: str) -> float:
+        with _told(f"{name} in {self.url} cannot be looked at"):
+            return self._path(name).stat().st_mtime
+
+    def touched(self) -> float:
+        with _told(f"{self.url} cannot be looked at"):
+            if not self.root.is_dir():
+                return 0.0
+            return max(path.lstat().st_mtime for path in (self.root, *self.root.iterdir()))
+
+    def remove(self, before: float) -> None:
+        with _told(f"{self.url} cannot be removed"):
+            if not self.root.is_dir():
+                return
+            for path in self.root.glob(f"{SCRATCH_PREFIX}*"):
+                if path.stat().st_mtime < before:
+                    path.unlink(missing_ok=True)
+            if next(self.root.iterdir(), None) is None:
+                self.root.rmdir()
+                _sync(self.root.parent)
 
     def inside(self, name: str) -> LocalStore:
         return LocalStore(self._path(name))
@@ -246,20 +289,24 @@ class _LocalReader(Reader):
 class FsspecStore(Store):
     """A directory of anything that fsspec knows."""
 
-    def __init__(self, fs: AbstractFileSystem, root: str, url: str) -> None:
+    def __init__(self, fs: AbstractFileSystem, root: str, url: str, patient: Patient | None = None) -> None:
         self._fs = fs
         self._root = root
         self.url = url
+        self._patient = patient or Patient()
 
     def put(self, name: str, pieces: Iterable[Buffer]) -> None:
-        path = self._path(name)
-        with _told(f"{name} cannot be written to {self.url}"):
-            self._fs.makedirs(self._root, exist_ok=True)
+        path, what = self._path(name), f"{name} cannot be written to {self.url}"
+        with _told(what):
+            self._patient(what, lambda: self._fs.makedirs(self._root, exist_ok=True))
             # Leaving by an exception would still close, and so commit, what was written until then.
-            target = self._fs.open(path, "wb")
+            target = self._patient(what, lambda: self._fs.open(path, "wb"))
+            nbytes = 0
             try:
                 for piece in pieces:
-                    target.write(bytes(piece))
+                    data = bytes(piece)
+                    nbytes += len(data)
+                    self._patient.once(functools.partial(target.write, data), len(data))
             except BaseException:
                 target.discard()
                 # Some file systems show a file from its first byte on; without a manifest it is
@@ -267,39 +314,71 @@ class FsspecStore(Store):
                 with contextlib.suppress(OSError):
                     self._fs.rm_file(path)
                 raise
-            target.close()
+            # Most file systems send what they hold only now.
+            self._patient.once(target.close, nbytes)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
-        with _told(f"{name} cannot be written to {self.url}"):
-            self._fs.makedirs(self._root, exist_ok=True)
+        path, what = self._path(name), f"{name} cannot be written to {self.url}"
+        with _told(what):
+            self._patient(what, lambda: self._fs.makedirs(self._root, exist_ok=True))
+            tries = []
+
+            def create() -> None:
+                tries.append(1)
+                self._fs.pipe_file(path, data, mode="create")
+
             try:
-                self._fs.pipe_file(self._path(name), data, mode="create")
+                self._patient(what, create)
             except FileExistsError as error:
+                # An earlier try of ours may have made it, and the answer was lost.
+                if len(tries) > 1 and self.read(name, len(data)) == data:
+                    return
                 raise AlreadyThere(f"{name} exists in {self.url}", next="read it") from error
 
     def open(self, name: str) -> Reader:
         path = self._path(name)
-        with _told(f"{name} in {self.url} cannot be opened"):
-            info = self._fs.info(path)
+        what = f"{name} in {self.url} cannot be opened"
+        with _told(what):
+            info = self._patient(what, lambda: self._fs.info(path))
             if info["type"] != "file":
                 raise FileNotFoundError(path)
-            return _FsspecReader(lambda start, end: self._fs.cat_file(path, start, end), path, info["size"])
+
+            def read(start: int, end: int) -> bytes:
+                data = self._patient(f"{path} cannot be read", lambda: self._fs.cat_file(path, start, end))
+                return bytes(data)
+
+            return _FsspecReader(read, path, info["size"])
 
     def list(self) -> list[str]:
-        with _told(f"{self.url} cannot be listed"):
+        what = f"{self.url} cannot be listed"
+        with _told(what):
             try:
-                found = self._fs.ls(self._root, detail=False, refresh=True)
+                found = self._patient(what, lambda: self._fs.ls(self._root, detail=False, refresh=True))
             except FileNotFoundError:
                 return []
-            return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+            names = [path.rstrip("/").rpartition("/")[2] for path in found]
+            return sorted(name for name in names if not name.startswith(SCRATCH_PREFIX))
 
     def delete(self, name: str) -> None:
-        with _told(f"{name} in {self.url} cannot be removed"), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(name))
+        path, what = self._path(name), f"{name} in {self.url} cannot be removed"
+        with _told(what), contextlib.suppress(FileNotFoundError):
+            self._patient(what, lambda: self._fs.rm_file(path))
+
+    def modified(self, name: str) -> float:
+        path, what = self._path(name), f"{name} in {self.url} cannot be looked at"
+        with _told(what):
+            return float(self._patient(what, lambda: self._fs.modified(path)).timestamp())
+
+    def remove(self, before: float) -> None:
+        if not self.list():
+            with contextlib.suppress(OSError):  # most have no directories
+                self._fs.rmdir(self._root)
 
     def inside(self, name: str) -> FsspecStore:
         check_name("directory", name)
-        return FsspecStore(self._fs, f"{self._root.rstrip('/')}/{name}", place.join(self.url, name))
+        return FsspecStore(
+            self._fs, f"{self._root.rstrip('/')}/{name}", place.join(self.url, name), self._patient
+        )
 
     def _path(self, name: str) -> str:
         return place.join(self._root, name)

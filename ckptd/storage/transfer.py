@@ -88,7 +88,13 @@ class Job:
         self._checked: Transferred | None = None
 
     def want(
-        self, name: str, target: Tiles, arrays: Mapping[str, NDArray[np.generic]], *, label: str = ""
+        self,
+        name: str,
+        target: Tiles,
+        arrays: Mapping[str, NDArray[np.generic]],
+        *,
+        label: str = "",
+        source: Tiles | None = None,
     ) -> None:
         """Asks for the boxes `target` of a tensor, in arrays that are flat, contiguous and of the
         stored width.
@@ -97,6 +103,7 @@ class Job:
             target: all at one place, that of this process: with it the nearest replica is chosen.
             arrays: by the names in `target.arrays`.
             label: another word for this wish, where a tensor is asked for several times.
+            source: read these of its tiles, and no others.
 
         Raises:
             NotFound: no such tensor.
@@ -110,9 +117,10 @@ class Job:
             if array.ndim != 1 or not array.flags.c_contiguous or array.itemsize != width:
                 raise ValueError(f"{name}: an array is not flat and contiguous with items of {width} bytes")
         if len(target):
-            source = self._checkpoint.tiles(name)
-            if stored.differs:
-                source = self._own_cover(source, int(target.place[0]))
+            if source is None:
+                source = self._checkpoint.tiles(name)
+                if stored.differs:
+                    source = self._own_cover(source, int(target.place[0]))
             wish = label or name
             self._wanted.append((wish, source, target))
             self._wishes[wish] = (stored, arrays)

@@ -24,11 +24,12 @@ from ckptd.image.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     Manifest,
+    Packed,
     StoredLayout,
     StoredObject,
 )
 from ckptd.image.variable import write_variable
-from ckptd.storage import catalog, place
+from ckptd.storage import catalog, compression, place
 from ckptd.storage.assemble import Table, table
 from ckptd.storage.describe import tensors_of_image
 from ckptd.storage.parts import LocalTensor, Part
@@ -80,17 +81,22 @@ def target(url: str, generation: int | None = None) -> tuple[Store, str | None, 
     return store, job, step
 
 
-def write_image(store: Store, rank: int, image: memoryview, *, digests: bytes | None = None) -> Part:
+def write_image(
+    store: Store, rank: int, image: memoryview, *, digests: bytes | None = None, compress: bool = False
+) -> Part:
     """Writes a rank's image as it is, and its digests; durable when this returns.
 
     Args:
         digests: of its cells, where they are known (a seal record's); they are not computed again.
+        compress: as `ckptd.storage.compression` says.
 
     Raises:
         CorruptImage, CorruptCheckpoint: these bytes are no image.
         NoSpace, CkptdError: as the store says.
     """
-    return _write_part(store, rank, [image], tensors_of_image(image), digests)
+    tensors = tensors_of_image(image)
+    plan = ImagePlan.parse(image) if compress else None
+    return _write_part(store, rank, [image], tensors, digests, plan)
 
 
 def write_arrays(
@@ -99,6 +105,8 @@ def write_arrays(
     tensors: Sequence[LocalTensor],
     shape_of: Callable[[str], tuple[int, ...]],
     load: Callable[[str], Buffer],
+    *,
+    compress: bool = False,
 ) -> Part:
     """Writes a file of arrays, one after another: no more than one is in memory at a time.
 
@@ -106,6 +114,7 @@ def write_arrays(
         head: where the file belongs; its rank names it.
         tensors: what lies in the arrays; an array that holds several is written once.
         shape_of, load: give an array's own shape, and its bytes, contiguous.
+        compress: as `ckptd.storage.compression` says.
 
     Raises:
         ValueError: an array's bytes are not as long as its dtype and shape say.
@@ -114,7 +123,8 @@ def write_arrays(
     dtype_of = {tensor.array: tensor.dtype for tensor in tensors}
     specs = [TensorSpec(array, dtype, shape_of(array)) for array, dtype in dtype_of.items()]
     plan = ImagePlan.build(specs, objects_capacity=len(head.objects))
-    return _write_part(store, head.rank, _pieces(plan, head, load), tensors, None)
+    packed = plan if compress else None
+    return _write_part(store, head.rank, _pieces(plan, head, load), tensors, None, packed)
 
 
 def empty_objects() -> bytes:
@@ -154,13 +164,13 @@ def manifest_of(heading: Heading, parts: Sequence[Part], made: Table) -> Manifes
         step=heading.step,
         form=heading.form,
         world_size=heading.world_size,
-        objects=tuple(StoredObject(p.object, p.nbytes, p.root, p.rank) for p in parts),
+        objects=tuple(StoredObject(p.object, p.nbytes, p.root, p.rank, p.packed) for p in parts),
         tensors=made.tensors,
         classes=made.classes,
         parent=heading.parent,
         mesh=heading.mesh,
         layout=heading.layout,
-        fingerprints=heading.fingerprints,
+        fingerprints=heading.fingerprints or made.fingerprints or None,
     )
 
 
@@ -174,14 +184,17 @@ def check_in_place(store: Store, part: Part) -> None:
         with store.open(part.object) as reader:
             found = reader.size
         digests = store.read(part.object + TABLE_SUFFIX, table_bytes(part.nbytes))
+        if part.packed is not None:
+            compression.load_frames(store, part.object, part.nbytes, part.packed)
     except NotFound as error:
         raise CorruptCheckpoint(
             f"{part.object} is not in place", str(error), "write this part again"
         ) from error
-    if found != part.nbytes:
+    expected = part.nbytes if part.packed is None else part.packed.nbytes
+    if found != expected:
         raise CorruptCheckpoint(
             f"{part.object} is not in place",
-            f"it has {found} bytes, expected {part.nbytes}",
+            f"it has {found} bytes, expected {expected}",
             "write it again",
         )
     read_table(part.object, digests, part.nbytes, part.root)
@@ -228,19 +241,36 @@ class Digesting:
 
 
 def _write_part(
-    store: Store, rank: int, pieces: Iterable[Buffer], tensors: Sequence[LocalTensor], digests: bytes | None
+    store: Store,
+    rank: int,
+    pieces: Iterable[Buffer],
+    tensors: Sequence[LocalTensor],
+    digests: bytes | None,
+    compress: ImagePlan | None,
 ) -> Part:
     name = place.object_name(rank)
     if digests is None:
         stream = Digesting(pieces)
-        store.put(name, stream)
+        packed = _put(store, name, stream, compress)
         digests, nbytes = stream.digests(), stream.nbytes
     else:
         held = [memoryview(piece).cast("B") for piece in pieces]
         nbytes = sum(map(len, held))
-        store.put(name, held)
+        packed = _put(store, name, held, compress)
     store.put(name + TABLE_SUFFIX, [write_table(nbytes, digests)])
-    return Part(rank, name, nbytes, digest_of_digests(digests), tuple(tensors))
+    return Part(rank, name, nbytes, digest_of_digests(digests), tuple(tensors), packed)
+
+
+def _put(store: Store, name: str, pieces: Iterable[Buffer], compress: ImagePlan | None) -> Packed | None:
+    """Writes a file: as it is, or in frames with their table beside it."""
+    if compress is None:
+        store.put(name, pieces)
+        return None
+    packing = compression.Packing(pieces, compression.widths_of(compress))
+    store.put(name, packing)
+    table = packing.table()
+    store.put(name + compression.FRAMES_SUFFIX, [table])
+    return Packed(packing.nbytes, compression.frames_root(table))
 
 
 def _pieces(plan: ImagePlan, head: Variable, load: Callable[[str], Buffer]) -> Iterator[Buffer]:

@@ -334,5 +334,6 @@ def test_there_and_back_on_many_meshes(family: str) -> None:
     found = [round_trips(seed, family) for seed in seeds]
     pairs, elements = sum(each[0] for each in found), sum(each[2] for each in found)
     print(
-        f"{pairs} pairs of {family} placements, seeds {seeds[0]} to {seeds[-1]}, {elements:,} elements compared"
+        f"{pairs} pairs of {family} placements, seeds {seeds[0]} .. {seeds[-1]}, "
+        f"{elements:,} elements compared"
     )

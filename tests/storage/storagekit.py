@@ -10,15 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
-from ckptd.image import Variable, cell_digests
+from ckptd.image import ImagePlan, TensorSpec, Variable, cell_digests, encode
 from ckptd.image.digest import digest_of_digests
 from ckptd.image.digest_table import write_table
 from ckptd.image.manifest import Manifest, StoredObject, StoredTensor
 from ckptd.image.tile_classes import TileClass
+from ckptd.image.variable import write_variable
 from ckptd.layout import placements
 from ckptd.layout.tiles import Tiles
 from ckptd.storage import place, writing
 from ckptd.storage.parts import LocalTensor, Part
+from ckptd.storage.reading import Checkpoint
+from ckptd.storage.snapshot import SealedImage
 from ckptd.storage.store import LocalStore
 
 Arrays = dict[str, NDArray[Any]]
@@ -119,3 +122,30 @@ def forge(
         (TileClass.from_tiles("a", whole),),
     )  # fmt: skip
     store.put_if_absent("manifest.json", manifest.write())
+
+
+def sealed(seed: int, rank: int, ranks: int, step: int, *, generation: int = 0) -> SealedImage:
+    """A rank's image as it lies in memory: two tensors of its own, of a few cells."""
+    rng = np.random.default_rng([seed, rank, step])
+    held = {f"r{rank}.w": rng.integers(0, 99, 25_000, "i4"), f"r{rank}.m": rng.random(1001)}
+    specs = [TensorSpec(name, CODES[a.dtype.str], a.shape) for name, a in held.items()]
+    objects = encode({"step": step})
+    plan = ImagePlan.build(specs, objects_capacity=len(objects))
+    image = memoryview(bytearray(plan.image_bytes))
+    image[: len(plan.header)] = plan.header
+    for name, array in held.items():
+        at = plan.offset_of[name]
+        image[at : at + array.nbytes] = memoryview(array).cast("B")
+    write_variable(plan, image, Variable("job", generation, step, rank, ranks, objects))
+    return SealedImage(rank, image, cell_digests(image))
+
+
+def same(checkpoint: Checkpoint, images: Sequence[SealedImage]) -> bool:
+    """Whether a checkpoint's files are these images, byte for byte."""
+    for index, one in enumerate(images):
+        with checkpoint.open(index) as reader:
+            found = bytearray(reader.size)
+            reader.read_into(0, memoryview(found))
+        if found != one.image:
+            return False
+    return checkpoint.verify() == []
