@@ -460,8 +460,6 @@ def test_save_waits_for_protection(fake: Start, socket_path: Path) -> None:
         run.save("final", timeout_s=20)
         helper.join()
         assert run.statistics().protected_step == 1
-        with pytest.raises(errors.InvalidRequest, match="later release"):
-            run.save(wait="durable")
 
 
 def test_saving_a_step_that_was_not_captured_is_an_error(fake: Start, socket_path: Path) -> None:
