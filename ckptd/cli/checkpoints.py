@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from ckptd.cli import local
+from ckptd.cli import live_memory, local
 from ckptd.cli.checkpoint_lists import list_job, list_jobs
 from ckptd.cli.progress import Progress, size
 from ckptd.errors import CorruptCheckpoint, InvalidRequest, Unreachable
@@ -19,6 +20,7 @@ from ckptd.storage import catalog, marks, place, repair, retention, rollback
 from ckptd.storage.lines import Key
 from ckptd.storage.reading import Checkpoint, open_checkpoint
 from ckptd.storage.store import Store, open_store
+from ckptd.storage.transfer import Damage
 from ckptd.v1 import daemon_pb2
 
 _WANTED: Final = re.compile(r"[A-Za-z0-9._-]+(/(step-[0-9]+(\.g[0-9]+)?|latest))?")
@@ -31,6 +33,10 @@ What = Annotated[
 StoreUrl = Annotated[
     str | None, typer.Option("--store", help="The store, a path or any fsspec URL; by default CKPTD_STORE.")
 ]
+DaemonAddress = Annotated[
+    str | None, typer.Option(help="host:port of a daemon that may hold the job; the local one by default.")
+]
+DaemonSocket = Annotated[Path | None, typer.Option(help="UNIX socket of that daemon.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -112,15 +118,23 @@ def verify(
     what: What,
     store: StoreUrl = None,
     mend: Annotated[
-        bool, typer.Option("--repair", help="Rebuild what a replica still has, and write it.")
+        bool,
+        typer.Option("--repair", help="Rebuild what a replica or a daemon's memory still has, and write it."),
     ] = False,
+    address: DaemonAddress = None,
+    socket: DaemonSocket = None,
     as_json: Json = False,
 ) -> None:
-    """Read every byte of a checkpoint and compare it with its digest.  Exit code 3: something is damaged."""
-    with _open(what, store) as checkpoint, marks.reading(checkpoint.store):
+    """Read every byte of a checkpoint and compare it with its digest.  Exit code 3: something is damaged.
+
+    With --repair, damaged blocks are rebuilt from replicas in the other files, and from the memory of the
+    job's daemons while they hold this step.  What nothing has any more is listed by file, rank, bytes and
+    tensors; `ckptd.open(URL).salvage()` gives the tensors that verify.
+    """
+    with _open(what, store) as checkpoint, marks.leased(checkpoint.store):
         url, nbytes = checkpoint.store.url, sum(o.nbytes for o in checkpoint.manifest.objects)
         damage = _verified(checkpoint, "verify")
-        made = repair.plan(checkpoint, damage)
+        made = _planned(checkpoint, damage, address, socket)
         left = made.lost
         if mend and damage:
             repair.execute(checkpoint, made)
@@ -154,6 +168,23 @@ def verify(
             typer.echo(f"{url}: {len(damage)} places damaged; {back} can be repaired: --repair does it")
     if bad:
         raise typer.Exit(CorruptCheckpoint.exit_code)
+
+
+def _planned(
+    checkpoint: Checkpoint, damage: Sequence[Damage], address: str | None, socket: Path | None
+) -> repair.Repair:
+    """The repair, with what daemons hold of this step; who was named has to answer."""
+    if not damage:
+        return repair.plan(checkpoint, damage)
+    target = None
+    try:
+        target = local.address_of(address, socket)
+    except Unreachable:
+        if address or socket:
+            raise
+    manifest = checkpoint.manifest
+    with live_memory.holding(target, manifest.job, (manifest.generation, manifest.step)) as memory:
+        return repair.plan(checkpoint, damage, memory)
 
 
 def pin(
@@ -199,12 +230,12 @@ def prune(
     """
     url = store or place.store_url()
     policy = retention.Policy.parse(keep)
-    progress = Progress("verify the newest")
-    made = retention.plan(url, job, policy, time.time(), grace_s=grace_s, progress=progress)
-    progress.end()
+    with Progress("verify the newest") as verifying:
+        made = retention.plan(url, job, policy, time.time(), grace_s=grace_s, progress=verifying)
     done = retention.Done()
     if not dry_run:
-        done = retention.execute(made, time.time, lambda what: typer.echo(f"remove {what}", err=True))
+        with Progress("remove") as removing:
+            done = retention.execute(made, time.time, removing.say)
     if as_json:
         _json(
             {
@@ -241,11 +272,8 @@ def roll_back(
     reason: Annotated[str, typer.Option("--reason", help="Why; kept with the new line.")],
     store: StoreUrl = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")] = False,
-    address: Annotated[
-        str | None,
-        typer.Option(help="host:port of a daemon that may hold the job; the local one by default."),
-    ] = None,
-    socket: Annotated[Path | None, typer.Option(help="UNIX socket of that daemon.")] = None,
+    address: DaemonAddress = None,
+    socket: DaemonSocket = None,
     as_json: Json = False,
 ) -> None:
     """Go back to a stored step: the next run resumes there, on a line of its own.  Nothing is removed."""
@@ -334,11 +362,8 @@ def _open(what: str, store: str | None) -> Checkpoint:
 
 
 def _verified(checkpoint: Checkpoint, what: str) -> list[Any]:
-    progress = Progress(what)
-    try:
+    with Progress(what) as progress:
         return checkpoint.verify(progress)
-    finally:
-        progress.end()
 
 
 def _said(as_json: bool, text: str, schema: str, **body: Any) -> None:

@@ -1,4 +1,4 @@
-"""How far a long command is, on stderr: data on stdout stays data."""
+"""How far a long command is, on stderr and on a terminal only: data on stdout stays data, logs stay short."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 import time
 from typing import Final
 
-_EVERY_S: Final = 1.0  # on a terminal
-_EVERY_LOGGED_S: Final = 15.0  # in a log
+_EVERY_S: Final = 0.5
 
 
 class Progress:
@@ -24,17 +23,22 @@ class Progress:
         self._drawn = False
 
     def __call__(self, done: int, total: int) -> None:
+        self.say(f"{size(done)} of {size(total)}, {100 * done // max(total, 1)}%")
+
+    def say(self, text: str) -> None:
+        """Shows this, unless something was shown a moment ago."""
         now = time.monotonic()
-        if now - self._said < (_EVERY_S if self._terminal else _EVERY_LOGGED_S):
+        if not self._terminal or now - self._said < _EVERY_S:
             return
-        self._said = now
-        line = f"{self._what}: {size(done)} of {size(total)}, {100 * done // max(total, 1)}%"
-        self._drawn = self._terminal
-        sys.stderr.write(f"\r\x1b[K{line}" if self._terminal else f"{line}\n")
+        self._said, self._drawn = now, True
+        sys.stderr.write(f"\r\x1b[K{self._what}: {text}")
         sys.stderr.flush()
 
-    def end(self) -> None:
-        """Takes the line off a terminal."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Takes the line off the terminal."""
         if self._drawn:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

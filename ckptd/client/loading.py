@@ -19,6 +19,7 @@ from ckptd.client.universal_state import Universal, assign, owned_by, take_apart
 from ckptd.errors import CorruptCheckpoint, InvalidRequest, StateMismatch
 from ckptd.image import TensorRef
 from ckptd.image.manifest import StoredTensor
+from ckptd.storage.marks import leased
 from ckptd.storage.reading import Checkpoint, open_checkpoint
 from ckptd.storage.transfer import Job, Transferred
 
@@ -96,7 +97,7 @@ def load(
             no byte of it reached a tensor, but others may be filled: load again, from another checkpoint.
         NotFound, InvalidRequest, UnsafeObject: as they say; nothing was changed.
     """
-    with open(url) as checkpoint:
+    with open(url) as checkpoint, leased(checkpoint.store):
         found = take_apart(into)
         loading = Loading(
             checkpoint, found, rank=settings.Place.find(settings.Environment.read(), None, None, None).rank

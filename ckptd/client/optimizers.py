@@ -22,6 +22,10 @@ _GROWS = "its state holds a history that changes size from step to step"
 _ELSEWHERE = "its state is spread over other ranks' optimizers"
 _REFUSED = {"LBFGS": _GROWS, "ZeroRedundancyOptimizer": _ELSEWHERE}
 
+# How an optimizer computes, not what: it was made for the devices and the layout that the job has now.
+# foreach=True fails where plain tensors and DTensors are mixed, capturable=True on a CPU.
+_HOW = ("foreach", "fused", "capturable", "differentiable")
+
 # What a throw-away optimizer of a foreign class may raise on the meta device.
 _FOREIGN = (
     ArithmeticError,
@@ -94,9 +98,14 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def restore_settings(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
-    """Sets every group's values, in place where both old and new are tensors (a captured lr)."""
+    """Sets every group's values, in place where both old and new are tensors (a captured lr).
+
+    The live group's choice of an implementation stays.
+    """
     for group, saved in zip(optimizer.param_groups, settings, strict=True):
         for key, value in saved.items():
+            if key in _HOW and key in group:
+                continue
             live = group.get(key)
             if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor):
                 local_of(live).detach().copy_(value)

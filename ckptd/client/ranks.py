@@ -12,7 +12,7 @@ from ckptd.errors import CkptdError
 
 
 class SaveFailed(CkptdError):
-    """Another rank could not write its part; there is no checkpoint."""
+    """Another rank could not do its part of a save, or of a resume."""
 
 
 class Ranks:
@@ -42,7 +42,7 @@ class Ranks:
         distributed.all_gather(all_of, mine, group=self._group)
         return [t[:n].cpu().numpy().tobytes() for t, n in zip(all_of, sizes, strict=True)]
 
-    def together(self, do: Callable[[], Any]) -> Any:
+    def together(self, do: Callable[[], Any], what: str = "save") -> Any:
         """Returns what `do` returns on this rank, if it raises on none.
 
         Raises:
@@ -61,5 +61,5 @@ class Ranks:
             raise failure
         failed = [rank for rank, text in enumerate(everyone) if text]
         if failed:
-            raise SaveFailed(f"rank {failed[0]} could not save", everyone[failed[0]], "save again")
+            raise SaveFailed(f"rank {failed[0]} could not {what}", everyone[failed[0]], f"{what} again")
         return result

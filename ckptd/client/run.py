@@ -430,11 +430,12 @@ class Run:
         return stored.newest(store, self._link.terms.job) if store else stored.Newest("", ())
 
     def _resume_stored(self, kept: stored.Newest) -> ResumeReport:
-        report = stored.resume(kept, self._attached, self.rank, self.world_size)
+        store, job = self._link.welcome.store, self._link.terms.job
+        report = stored.resume(store, job, kept, self._attached, self.rank, self.world_size)
         resumed = local_pb2.Resumed(generation=report.generation, step=report.step)
         self._link.tell(local_pb2.TrainerMessage(resumed=resumed))
         self._begin(report.step)
-        log.info("resumed at step %d from %s", report.step, kept.url)
+        log.info("resumed at step %d from %s", report.step, store)
         return report
 
     def _begin(self, step: int) -> None:

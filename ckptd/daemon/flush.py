@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from ckptd.daemon.frames import wire_error
@@ -17,8 +18,9 @@ from ckptd.daemon.job import Job, Trainer
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CkptdError, DeadlineExceeded, NotFound
 from ckptd.memory.holding import Holding
+from ckptd.memory.pace import Pace
 from ckptd.memory.yielding import yield_to_training
-from ckptd.storage import snapshot
+from ckptd.storage import shares, snapshot
 from ckptd.storage.store import Store
 from ckptd.storage.writing import Heading
 from ckptd.v1 import local_pb2
@@ -46,6 +48,7 @@ class Flush:
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="flush", initializer=yield_to_training, initargs=(settings.bulk_nice,)
         )
+        self._pace = Pace(settings.flush_bytes_per_s)
         self._tasks: dict[_Key, asyncio.Task[str]] = {}
         self._answers: set[asyncio.Task[None]] = set()
 
@@ -129,10 +132,9 @@ class Flush:
         with job.memory.occupied(holding.places.values()):
             await self._protected(job, generation, step)
             store, parent = await self._in_thread(self._places, job.name, generation, step, start)
-            await self._in_thread(snapshot.write_parts, store, _images(holding))
-        heading = Heading(job.name, step, generation, world_size=len(ranks), parent=parent)
-        leads = job.roster.members[0].node == job.node
-        await self._published(job, store, heading, ranks if leads else [])
+            heading = Heading(job.name, step, generation, world_size=len(ranks), parent=parent)
+            await self._written(job, store, heading, _images(holding), ranks)
+        await self._published(job, store, heading, ranks)
         log.info("job %s: step %d is durable at %s", job.name, step, store.url)
         return str(store.url)
 
@@ -151,15 +153,33 @@ class Flush:
             self._check_wanted(job, generation, step)
             await self._next_change(1.0)
 
+    async def _written(
+        self, job: Job, store: Store, heading: Heading, images: list[snapshot.SealedImage], ranks: list[int]
+    ) -> None:
+        """Writes what these ranks are to write: what several of the job hold alike is written once."""
+        offered = await self._in_thread(snapshot.described, images)
+        shared: Mapping[int, shares.Share] | None = None
+        if len(ranks) > 1:
+            parts = [each.part for each in offered]
+            await self._in_thread(shares.put_offers, store, parts)
+            if _leads(job):
+                await self._done(job, store, heading, partial(shares.put_when_whole, store, ranks))
+            shared = await self._done(job, store, heading, partial(shares.read, store, parts))
+        spend = self._pace.take if self._pace.bounded else None
+        write = partial(snapshot.write_parts, compress=self._settings.compress, spend=spend)
+        await self._in_thread(write, store, offered, shared)
+
     async def _published(self, job: Job, store: Store, heading: Heading, ranks: list[int]) -> None:
         """Returns when there is a manifest; publishes it, if this node leads."""
+        publish = partial(snapshot.publish_when_whole, store, heading, ranks)
+        step = publish if _leads(job) else partial(snapshot.is_published, store)
+        await self._done(job, store, heading, step)
+
+    async def _done(self, job: Job, store: Store, heading: Heading, step: Callable[[], Any]) -> Any:
+        """Calls `step` until it returns something; what it waits for is up to other nodes."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.flush_timeout_s
-        while True:
-            if ranks and await self._in_thread(snapshot.publish_when_whole, store, heading, ranks):
-                return
-            if not ranks and await self._in_thread(snapshot.is_published, store):
-                return
+        while not (result := await self._in_thread(step)):
             self._check_generation(job, heading.generation)
             if loop.time() > deadline:
                 raise DeadlineExceeded(
@@ -168,6 +188,7 @@ class Flush:
                     "see the daemons' logs; all of them need the same store (CKPTD_STORE)",
                 )
             await asyncio.sleep(_GLANCE_S)
+        return result
 
     def _places(self, job: str, generation: int, step: int, start: tuple[int, int]) -> Any:
         url = self._settings.store_url()
@@ -187,6 +208,11 @@ class Flush:
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+def _leads(job: Job) -> bool:
+    """Whether this node is the one that puts together what all nodes bring."""
+    return job.roster.members[0].node == job.node
 
 
 def _images(holding: Holding) -> list[snapshot.SealedImage]:

@@ -51,6 +51,10 @@ class DaemonSettings(BaseSettings):
     store: str = ""
     # Snapshots of every so many steps become durable in the background; 0: only what a trainer asks for.
     flush_every: int = Field(default=0, ge=0)
+    # What the flush may write, bytes per second and node; 0: as fast as it goes.
+    flush_bytes_per_s: int = Field(default=0, ge=0)
+    # Whether what becomes durable is compressed (`docs/operations.md`): fewer bytes for more processor time.
+    compress: bool = False
     # How long the node that publishes waits for the others' parts.
     flush_timeout_s: float = Field(default=600.0, gt=0)
     # When the daemon is told to end: how long it may take to make the newest protected steps durable.

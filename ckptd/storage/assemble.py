@@ -65,24 +65,33 @@ def table(parts: Sequence[Part]) -> Table:
 
 def writers(tables: Sequence[Sequence[LocalTensor]]) -> list[set[str]]:
     """Returns, for every rank, the names of the tensors that it writes: each replica once, in equal
-    shares of bytes.
+    shares of bytes.  Of a tensor that differs between ranks each writes its own.
 
     Deterministic: every rank computes the same.
     """
     load = [0] * len(tables)
     chosen: list[set[str]] = [set() for _ in tables]
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    sizes: dict[tuple[Any, ...], int] = {}
+    written: list[set[str]] = [set() for _ in tables]  # arrays; one may have several names
+    groups: dict[tuple[Any, ...], list[tuple[int, LocalTensor]]] = {}
     for rank, tensors in enumerate(tables):
-        for t in tensors:
-            key = (t.name, t.dtype, t.shape, t.key(), t.digest)
-            groups.setdefault(key, []).append(rank)
-            sizes[key] = int(np.prod(t.sizes, axis=1).sum())
+        for tensor in tensors:
+            key = (tensor.name, tensor.dtype, tensor.shape, tensor.key())
+            groups.setdefault(key, []).append((rank, tensor))
+
+    def write(rank: int, tensor: LocalTensor) -> None:
+        if tensor.array not in written[rank]:
+            load[rank] += tensor.nbytes
+        written[rank].add(tensor.array)
+        chosen[rank].add(tensor.name)
+
     # Large ones first, so that small ones even out what is left.
-    for key in sorted(groups, key=lambda k: (-sizes[k], k[0], k[3])):
-        rank = min(groups[key], key=lambda r: (load[r], r))
-        load[rank] += sizes[key]
-        chosen[rank].add(key[0])
+    for key in sorted(groups, key=lambda k: (-groups[k][0][1].nbytes, k[0], k[3])):
+        held = groups[key]
+        if len({tensor.digest for _, tensor in held}) > 1:
+            for rank, tensor in held:
+                write(rank, tensor)
+        else:
+            write(*min(held, key=lambda h: (h[1].array not in written[h[0]], load[h[0]], h[0])))
     return chosen
 
 

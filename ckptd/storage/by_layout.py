@@ -48,7 +48,8 @@ class _ByLayout(Mapping[str, Tiles]):
         self._placement = placement
         self._names = names
         ranks = np.array([stored.rank for stored in manifest.objects], np.int64)
-        self._index = np.full(manifest.world_size + 1, -1, np.int64)
+        # In the consolidated form the numbers of parts may be greater than those of ranks.
+        self._index = np.full(max(manifest.world_size, ranks.max(initial=-1) + 1) + 1, -1, np.int64)
         self._index[ranks] = np.arange(len(ranks))
 
     def __getitem__(self, name: str) -> Tiles:
@@ -66,7 +67,11 @@ class _ByLayout(Mapping[str, Tiles]):
             )
         places = self._index[tiles.place]
         if (places < 0).any():
-            raise CorruptCheckpoint(f"{name} lies on a rank that has no file", next="use another checkpoint")
+            raise CorruptCheckpoint(
+                f"{name} cannot be read",
+                "the layout places it on a rank that has no file",
+                "use another checkpoint",
+            )
         return replace(tiles, place=places)
 
     def __iter__(self) -> Iterator[str]:

@@ -24,6 +24,7 @@ from ckptd.storage.lines import MAX_START_BYTES, Key, Lines, Start
 from ckptd.storage.store import Store, open_store
 
 STARTS: Final = "lines"  # the directory of a job's starts
+FOREIGN: Final = "it holds another tool's files, and no tensors"
 _START: Final = re.compile(r"g([0-9]{5,15})\.json")
 _THREADS: Final = 8  # that look at directories at a time: object stores take their time for each
 _In = TypeVar("_In")
@@ -98,6 +99,19 @@ def survey(store: str, job: str) -> Survey:
     return Survey(
         root, heads, {key_of(each.entry): each for each in found}, Lines(parents, starts), unreadable
     )
+
+
+def keyed_lines(store: str, job: str) -> Lines:
+    """Returns the job's lines as names and rollbacks alone tell them; no manifest is read.
+
+    `Lines.at_most` needs no more: within a generation a line only grows.
+
+    Raises:
+        InvalidRequest, CkptdError: as `survey`.
+    """
+    root = job_store(store, job)
+    published = (each.entry for each in directories(root) if each.published)
+    return Lines(dict.fromkeys(map(key_of, published)), _starts(root)[0])
 
 
 def key_of(entry: Entry) -> Key:
@@ -240,7 +254,7 @@ def why_not(root: Store, entry: Entry) -> str | None:
     try:
         manifest = Manifest.read(inside.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
         if manifest.form == "files":
-            raise InvalidRequest("it holds another tool's files, and no tensors")
+            raise InvalidRequest(FOREIGN)
         if (manifest.step, manifest.generation) != (entry.step, entry.generation):
             raise CorruptCheckpoint(
                 f"its manifest is of step {manifest.step}, generation {manifest.generation}"

@@ -69,11 +69,11 @@ def pack_group(group: Buffer, width: int) -> tuple[bytes, int]:
     """
     flat: NDArray[np.uint8] = np.frombuffer(memoryview(group), np.uint8)
     whole = len(flat) - len(flat) % width
-    planes = np.concatenate([flat[:whole].reshape(-1, width).T.reshape(-1), flat[whole:]])
+    planes = np.concatenate([flat[:whole].reshape(-1, width).T.reshape(-1), flat[whole:]]).tobytes()
     compressor = getattr(_local, "compressor", None)
     if compressor is None:
         compressor = _local.compressor = zstandard.ZstdCompressor(level=LEVEL)
-    frame: bytes = compressor.compress(memoryview(planes).cast("B"))
+    frame: bytes = compressor.compress(planes)
     return (frame, width) if len(frame) < len(flat) else (flat.tobytes(), 0)
 
 

@@ -2,10 +2,11 @@
 
     pinned                    somebody wants to keep it, and why
     lease-EXPIRY-RANDOM       somebody reads it until EXPIRY (seconds since 1970, UTC)
-    doomed                    a prune removes it
+    doomed-TIME-RANDOM        a prune that began then removes it
 
 A store has no locks, so both sides write first and look afterwards: a reader writes its lease and looks for
-`doomed`, a prune writes `doomed` and looks for leases.  At least one of them sees the other.
+dooms, a prune writes its doom and looks for leases.  At least one of them sees the other.  Each takes back
+nothing but its own mark; what one leaves that died counts until its time is over.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from typing import Final
 from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NotFound
 from ckptd.image.fields import Fields, MalformedField
 from ckptd.image.manifest import MANIFEST_NAME
+from ckptd.storage import place
 from ckptd.storage.store import Store
 
 log = logging.getLogger("ckptd.storage")
 
 PIN: Final = "pinned"
-DOOMED: Final = "doomed"
 LEASE_S: Final = 6 * 3600  # a reader that died keeps a checkpoint for so long
+DOOM_S: Final = 3600  # a prune that takes longer for one checkpoint gives it up
 MAX_REASON: Final = 1000  # characters
 _LEASE: Final = re.compile(r"lease-([0-9]{12})-[0-9a-f]{16}")
+_DOOM: Final = re.compile(r"doomed-([0-9]{12})-[0-9a-f]{16}")
 _MAX_PIN_BYTES: Final = 16 << 10
 _NUMBER: Final = 1 << 52
 
@@ -53,10 +56,10 @@ def pin(store: Store, reason: str, now: float) -> None:
     """
     if len(reason) > MAX_REASON:
         raise InvalidRequest(f"the reason has {len(reason)} characters", f"at most {MAX_REASON} are kept")
-    _check_there(store)
+    _check_there(store, now)
     text = json.dumps({"ckptd.pin": 1, "reason": reason, "time_s": int(now)}, separators=(",", ":"))
     store.put(PIN, [text.encode("ascii")])
-    _check_there(store)  # a prune may have been faster
+    _check_there(store, now)  # a prune may have been faster
 
 
 def unpin(store: Store) -> bool:
@@ -93,6 +96,22 @@ def leases(names: Iterable[str], now: float) -> tuple[list[str], list[str]]:
     return hold, ended
 
 
+def doom_name(now: float) -> str:
+    """Returns a new name for the mark of a removal that begins now."""
+    return f"doomed-{int(now):012}-{secrets.token_hex(8)}"
+
+
+def is_doom(name: str) -> bool:
+    """Whether a file is the mark of a removal."""
+    return _DOOM.fullmatch(name) is not None
+
+
+def doomed(names: Iterable[str], now: float) -> bool:
+    """Whether one of a directory's files says that a prune may be removing the checkpoint at this moment."""
+    found = (_DOOM.fullmatch(name) for name in names)
+    return any(each is not None and now - int(each[1]) < DOOM_S for each in found)
+
+
 @contextlib.contextmanager
 def reading(store: Store, *, valid_s: float = LEASE_S) -> Iterator[None]:
     """Keeps the checkpoint in this directory from every prune while the block runs, `valid_s` at most.
@@ -110,7 +129,8 @@ def reading(store: Store, *, valid_s: float = LEASE_S) -> Iterator[None]:
         yield
         return
     try:
-        if DOOMED in store.list():
+        names = store.list()
+        if MANIFEST_NAME not in names or doomed(names, time.time()):
             raise NotFound(f"{store.url} is being removed", "a prune has begun", "choose another checkpoint")
         yield
     finally:
@@ -118,7 +138,13 @@ def reading(store: Store, *, valid_s: float = LEASE_S) -> Iterator[None]:
             store.delete(name)
 
 
-def _check_there(store: Store) -> None:
+def leased(store: Store, *, valid_s: float = LEASE_S) -> contextlib.AbstractContextManager[None]:
+    """As `reading` where the directory is one that a prune may remove; nothing elsewhere."""
+    prunable = place.parse_directory(store.url.rstrip("/").rpartition("/")[2]) is not None
+    return reading(store, valid_s=valid_s) if prunable else contextlib.nullcontext()
+
+
+def _check_there(store: Store, now: float) -> None:
     names = store.list()
-    if MANIFEST_NAME not in names or DOOMED in names:
+    if MANIFEST_NAME not in names or doomed(names, now):
         raise NotFound(f"there is no checkpoint at {store.url}", next="ckptd ls shows what there is")

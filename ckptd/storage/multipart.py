@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from ckptd.errors import CkptdError, NotFound
-from ckptd.storage.s3_calls import Answer, Calls
+from ckptd.storage.s3_calls import Answer, Calls, code_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -104,7 +104,8 @@ def abort(calls: Calls, key: str, number: str) -> None:
             f"the upload of {key} cannot be aborted", "abort_multipart_upload", Key=key, UploadId=number
         )
     except CkptdError as error:
-        log.warning("an upload to %s is left behind: %s", key, error)
+        if code_of(error) != "NoSuchUpload":  # an earlier try did it, and the answer was lost
+            log.warning("an upload to %s is left behind: %s", key, error)
 
 
 def abort_stale(calls: Calls, prefix: str, older_s: float = STALE_S) -> int:

@@ -87,6 +87,11 @@ class LocalTensor:
             boxes.append(fingerprint(box, offset.tolist()))
         return replace(self, fingerprint=add(boxes))
 
+    @property
+    def nbytes(self) -> int:
+        """Of its boxes."""
+        return int(self.sizes.prod(axis=1).sum()) * DTYPE_BITS[self.dtype] // 8
+
     def key(self) -> bytes:
         """Equal for two tensors whose arrays hold the same boxes at the same places."""
         return b"|".join(v.tobytes() for v in (self.offsets, self.sizes, self.start, self.strides))

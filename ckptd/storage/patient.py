@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from ckptd.errors import CkptdError
-from ckptd.storage.retrying import Failed, Policy, Retrying, Verdict
+from ckptd.storage.retrying import Failed, Policy, Retrying
 
 T = TypeVar("T")
 
@@ -32,14 +32,11 @@ class Patient:
             Policy(), clock=time.monotonic, sleep=time.sleep, random=random.random
         )
 
-    def __call__(
-        self, what: str, function: Callable[[], T], *, settle: Callable[[], T | None] | None = None
-    ) -> T:
+    def __call__(self, what: str, function: Callable[[], T]) -> T:
         """Returns what `function` returns.  It is called again after errors that may pass.
 
         Args:
             what: begins the message of an error.
-            settle: see `Retrying.call`.
 
         Raises:
             OSError: one that does not pass, as `function` raised it.
@@ -54,9 +51,9 @@ class Patient:
             except OSError as error:
                 if error.errno in _FINAL_NUMBERS:
                     raise
-                raise Failed(Verdict.UNSURE, CkptdError(what, str(error) or type(error).__name__)) from error
+                raise Failed(CkptdError(what, str(error) or type(error).__name__), again=True) from error
 
-        return self._retrying.call(what, attempt, settle=settle)
+        return self._retrying.call(what, attempt)
 
     def once(self, function: Callable[[], T], nbytes: int = 0) -> T:
         """Returns what `function` returns, which cannot be called twice.  Raises TimeoutError when late."""

@@ -8,18 +8,19 @@ Counted per line: an hour's or a day's checkpoint of one line says nothing of an
 policy says, these stay: the checkpoint that a job would resume from, read and verified to the last byte; what
 is newer and damaged, since a repair may bring it back; what is pinned; what is being read.
 
-A removal writes `doomed`, looks for readers, and deletes the manifest first: whoever dies in between leaves
-no half of a checkpoint, but garbage, and the next prune takes it.
+A removal writes its mark (`ckptd.storage.marks`), looks for readers, and deletes the manifest first: whoever
+dies in between leaves no half of a checkpoint, but garbage, and the next prune takes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
-from ckptd.errors import CkptdError, InvalidRequest, NotFound
+from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, NoSpace, NotFound, Unreachable
 from ckptd.image.digest_table import TABLE_SUFFIX
 from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.storage import catalog, marks
@@ -186,7 +187,7 @@ def execute(made: Plan, now: Callable[[], float], told: Callable[[str], None] = 
     for key in made.remove:
         inside = _inside(made.store, key)
         told(inside.url)
-        needed = remove(inside, now())
+        needed = remove(inside, now)
         if needed:
             done.spared.append(Kept(key, (needed,)))
         else:
@@ -194,29 +195,34 @@ def execute(made: Plan, now: Callable[[], float], told: Callable[[str], None] = 
     return done
 
 
-def remove(inside: Store, now: float) -> str:
+def remove(inside: Store, now: Callable[[], float]) -> str:
     """Removes the checkpoint in this directory, the manifest first.
 
     Returns:
         Why it was not removed after all; "" if it was.
     """
-    inside.put(marks.DOOMED, [b""])
+    began = now()
+    mark = marks.doom_name(began)
+    # A full disk must not keep anybody from making room on it; there, readers cannot write leases either.
+    with contextlib.suppress(NoSpace):
+        inside.put(mark, [b""])
     names = inside.list()
-    needed = "being read" if marks.leases(names, now)[0] else "pinned" if marks.PIN in names else ""
+    needed = "being read" if marks.leases(names, now())[0] else "pinned" if marks.PIN in names else ""
+    if not needed and now() - began > marks.DOOM_S / 2:  # readers may soon take the mark for a dead prune's
+        needed = f"the store took {now() - began:.0f} s to answer"
     if needed:
-        inside.delete(marks.DOOMED)
+        inside.delete(mark)
         return needed
     inside.delete(MANIFEST_NAME)  # from here on there is no checkpoint
-    _clear(inside, now)
+    _clear(inside, now())
     return ""
 
 
 def _clear(inside: Store, now: float) -> None:
-    """Removes all files, `doomed` last: it tells the next prune that these are garbage."""
-    names = [name for name in inside.list() if name != marks.DOOMED]
-    for name in sorted(names, key=lambda name: not name.endswith(TABLE_SUFFIX)):
+    """Removes all files, the marks of removals last: they tell the next prune that these are garbage."""
+    names = inside.list()
+    for name in sorted(names, key=lambda name: (marks.is_doom(name), not name.endswith(TABLE_SUFFIX))):
         inside.delete(name)
-    inside.delete(marks.DOOMED)
     inside.remove(now - GRACE_S)
 
 
@@ -249,6 +255,8 @@ def _verifies(inside: Store, key: Key, progress: Progress | None) -> bool:
         with open_checkpoint(inside.url) as checkpoint:
             same = (checkpoint.manifest.generation, checkpoint.manifest.step) == key
             return same and not checkpoint.verify(progress)
+    except (Unreachable, DeadlineExceeded):  # says nothing of the checkpoint
+        raise
     except CkptdError:
         return False
 
@@ -259,7 +267,7 @@ def _garbage(known: catalog.Survey, now: float, grace_s: float) -> Sequence[Garb
         if each.published:
             continue
         inside = _inside(known.store, key)
-        if marks.DOOMED in each.names:
+        if any(map(marks.is_doom, each.names)):
             found.append(Garbage(key, "left by a prune"))
         elif not marks.leases(each.names, now)[0] and now - inside.touched() > grace_s:
             found.append(Garbage(key, "left by a writer"))

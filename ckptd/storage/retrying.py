@@ -5,7 +5,6 @@ Nothing here knows the time, or is random: both are arguments, and so is the wai
 
 from __future__ import annotations
 
-import enum
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,26 +15,19 @@ from ckptd.errors import CkptdError, DeadlineExceeded, Unreachable
 T = TypeVar("T")
 
 
-class Verdict(enum.Enum):
-    """What a failure means for the next try."""
-
-    AGAIN = enum.auto()  # nothing was done; try again
-    UNSURE = enum.auto()  # it may have been done, and the answer lost; try again, but look back first
-    FATAL = enum.auto()  # another try would end the same
-
-
 class Failed(Exception):
     """One try that failed.
 
     Args:
         error: what the user is told if no try succeeds.
+        again: another try may end otherwise.
         code: the store's own name of it, such as "PreconditionFailed".
     """
 
-    def __init__(self, verdict: Verdict, error: CkptdError, code: str = "") -> None:
+    def __init__(self, error: CkptdError, *, again: bool, code: str = "") -> None:
         super().__init__(str(error))
-        self.verdict = verdict
         self.error = error
+        self.again = again
         self.code = code
 
 
@@ -127,8 +119,10 @@ class Retrying:
 
         Args:
             what: begins the message of an error, such as "x cannot be written to s3://b".
-            settle: looks whether an earlier try was done after all, whose answer was lost; returns its
-                result, or None.  Needed where doing a thing twice is not the same as doing it once.
+            settle: looks whether the thing was done after all; returns its result, or None.  Needed where
+                doing it twice is not the same as doing it once: any answer may be lost, and the second try
+                refused for the first one's sake.  Even the first failure may be of a second try: aiohttp
+                sends a put again by itself when a connection that was used before breaks.
             nbytes: how much is moved; it gets the time that it may take.
 
         Raises:
@@ -139,18 +133,17 @@ class Retrying:
         policy, began = self.policy, self.clock()
         allowance = nbytes / policy.slowest_bytes_per_s
         end = began + policy.total_s + allowance
-        unsure, failures = False, 0
+        failures = 0
         while True:
             left = end - self.clock()
             try:
                 result = attempt(max(0.001, min(policy.try_s + allowance, left)))
             except Failed as failed:
                 failures += 1
-                unsure = unsure or failed.verdict is Verdict.UNSURE
                 error = self._next(what, failed, failures, end, began)
                 if error is None:
                     continue
-                done = settle() if settle is not None and unsure else None
+                done = settle() if settle is not None else None
                 if done is not None:
                     return done
                 raise error from failed
@@ -159,7 +152,7 @@ class Retrying:
 
     def _next(self, what: str, failed: Failed, failures: int, end: float, began: float) -> CkptdError | None:
         """Waits for the next try, or returns why there is none."""
-        if failed.verdict is Verdict.FATAL:
+        if not failed.again:
             return failed.error
         pause = self.policy.pause_s(failures, self.random())
         why = f"{failed.error}; tried {failures} times in {self.clock() - began:.1f} s"

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest
 from ckptd.storage import claims, multipart, place
-from ckptd.storage.retrying import Failed
-from ckptd.storage.s3_calls import Calls, connect
+from ckptd.storage.s3_calls import Calls, code_of, connect
 from ckptd.storage.store import SCRATCH_PREFIX, AlreadyThere, Reader, Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 log = logging.getLogger("ckptd.storage")
-
 
 _READ_BYTES: Final = 16 << 20  # of one request
 _SWEEP_EVERY_S: Final = 3600.0
@@ -159,7 +157,7 @@ class S3Store(Store):
                 Metadata={multipart.TOKEN: token},
             )
         except CkptdError as error:
-            if _code(error) in _LOST:
+            if code_of(error) in _LOST:
                 raise _taken(name, self.url) from error
             raise
 
@@ -182,7 +180,7 @@ class S3Store(Store):
             try:
                 self._calls.call(what, "put_object", Key=key, Body=b"", IfNoneMatch="*")
             except CkptdError as error:
-                code = _code(error)
+                code = code_of(error)
                 if code in _LOST or code in _UNKNOWN_CONDITION:
                     return code
                 raise
@@ -262,14 +260,5 @@ def open_s3(url: str) -> S3Store:
     return S3Store(connect(bucket), prefix, url)
 
 
-def _code(error: CkptdError) -> str:
-    """The store's own name of what it refused with."""
-    cause = error.__cause__
-    return cause.code if isinstance(cause, Failed) else ""
-
-
 def _taken(name: str, url: str) -> AlreadyThere:
     return AlreadyThere(f"{name} exists in {url}", next="read it")
-
-
-__all__ = ["S3Store", "open_s3"]

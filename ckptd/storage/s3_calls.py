@@ -18,19 +18,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import aiohttp
 import fsspec.config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    EndpointConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import ConnectionError as CannotConnect
 from botocore.parsers import ResponseParserError
 from s3fs import S3FileSystem
 
 from ckptd.errors import CkptdError, InvalidRequest, NoSpace, NotFound
-from ckptd.storage.retrying import Failed, Policy, Retrying, Verdict
+from ckptd.storage.retrying import Failed, Policy, Retrying
 
 Answer = dict[str, Any]
 
@@ -42,8 +38,11 @@ _BUSY: Final = {
     "ConditionalRequestConflict", "OperationAborted", "RequestTimeTooSkewed",
 }  # fmt: skip
 _BUSY_STATUS: Final = {408, 429}
-# Behind a gateway even a 503 may have been done.
 _SERVER_STATUS: Final = {500, 502, 503, 504}
+# The connection failed.  An object's body comes from aiohttp itself.
+_BROKEN: Final = (
+    HTTPClientError, CannotConnect, IncompleteReadError, ResponseParserError, aiohttp.ClientError, OSError,
+)  # fmt: skip
 
 
 class Calls:
@@ -103,8 +102,8 @@ class Calls:
             return future.result(deadline_s + _GRACE_S)
         except (TimeoutError, concurrent.futures.TimeoutError) as error:
             late = CkptdError(what, f"no answer in {deadline_s:.1f} s", "see whether the store answers")
-            raise Failed(Verdict.UNSURE, late) from error
-        except (ClientError, BotoCoreError, ResponseParserError, OSError) as error:
+            raise Failed(late, again=True) from error
+        except (ClientError, BotoCoreError, *_BROKEN) as error:
             raise judged(what, error) from error
         finally:
             future.cancel()
@@ -140,31 +139,36 @@ def judged(what: str, error: Exception) -> Failed:
     """Returns what a failure of S3's client means."""
     if isinstance(error, ClientError):
         return _refused(what, error)
-    told = CkptdError(what, str(error), "see whether the store answers")
-    if isinstance(error, EndpointConnectionError):
-        return Failed(Verdict.AGAIN, told)
-    if isinstance(error, (HTTPClientError, IncompleteReadError, ResponseParserError, OSError)):
-        return Failed(Verdict.UNSURE, told)
-    return Failed(Verdict.FATAL, CkptdError(what, str(error), "set the AWS credentials, region and endpoint"))
+    if isinstance(error, _BROKEN):
+        return Failed(CkptdError(what, str(error), "see whether the store answers"), again=True)
+    return Failed(CkptdError(what, str(error), "set the AWS credentials, region and endpoint"), again=False)
+
+
+def code_of(error: CkptdError) -> str:
+    """Returns the store's own name of what a call failed with, such as "PreconditionFailed"; "" for none."""
+    cause = error.__cause__
+    return cause.code if isinstance(cause, Failed) else ""
 
 
 def _refused(what: str, error: ClientError) -> Failed:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    why = str(error)
     if code in _BUSY or status in _BUSY_STATUS:
-        return Failed(Verdict.AGAIN, CkptdError(what, str(error), "ask the store less often"), code)
+        return Failed(CkptdError(what, why, "ask the store less often"), again=True, code=code)
     if code in _FULL or status == 507:
-        return Failed(Verdict.FATAL, NoSpace(what, str(error), "free space, or choose another store"), code)
-    if code == "NoSuchBucket":
-        return Failed(Verdict.FATAL, InvalidRequest(what, str(error), "make the bucket"), code)
-    if code in _MISSING:
-        told: CkptdError = NotFound(what, "there is no such object", "ckptd ls shows what there is")
-        return Failed(Verdict.FATAL, told, code)
-    if status in _SERVER_STATUS:
-        return Failed(Verdict.UNSURE, CkptdError(what, str(error), "see whether the store answers"), code)
-    if status == 403:
-        return Failed(Verdict.FATAL, CkptdError(what, str(error), "check the credentials' rights"), code)
-    return Failed(Verdict.FATAL, CkptdError(what, str(error), "look at the store"), code)
+        told: CkptdError = NoSpace(what, why, "free space, or choose another store")
+    elif code == "NoSuchBucket":
+        told = InvalidRequest(what, why, "make the bucket")
+    elif code in _MISSING:
+        told = NotFound(what, "there is no such object", "ckptd ls shows what there is")
+    elif status in _SERVER_STATUS:
+        return Failed(CkptdError(what, why, "see whether the store answers"), again=True, code=code)
+    else:
+        told = CkptdError(
+            what, why, "check the credentials' rights" if status == 403 else "look at the store"
+        )
+    return Failed(told, again=False, code=code)
 
 
 _shared: dict[str, Calls] = {}

@@ -12,9 +12,9 @@ import errno
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NoSpace, NotFound
 from ckptd.image.names import check_name
@@ -107,6 +107,9 @@ class Store(ABC):
         """
         raise CkptdError(f"{self.url} does not tell when its files were written")
 
+    def settle(self) -> None:  # noqa: B027  # what most stores show is durable
+        """Makes durable what `list` shows: its writer's sync may be still to come, or have failed."""
+
     def touched(self) -> float:
         """Returns when anything in this directory was last written, scratch files too; 0 for nothing."""
         return max((self.modified(name) for name in self.list()), default=0.0)
@@ -164,13 +167,16 @@ def open_store(url: str) -> Store:
 class LocalStore(Store):
     """A directory of a local or POSIX file system.
 
-    Order of a put: scratch file, write, fsync, rename, fsync of the directory.  After a failed fsync the file
-    is given up, never synced again: the kernel may have dropped the pages and call it clean.
+    Order of a put: scratch file, write, fsync, rename, fsync of the directory.  What an fsync failed for is
+    given up, never synced again: the kernel may have dropped the pages and call them clean.
     """
+
+    _unsure: ClassVar[set[Path]] = set()  # files whose directory could not be synced behind their creation
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+        self._anchored = False  # the entries of this directory and of those above it are durable
 
     def put(self, name: str, pieces: Iterable[Buffer]) -> None:
         with self._scratch(name, pieces) as scratch:
@@ -178,14 +184,20 @@ class LocalStore(Store):
             self._sync_directory()
 
     def put_if_absent(self, name: str, data: bytes) -> None:
+        path, there = self._path(name), False
         with self._scratch(name, [data]) as scratch:
             try:
-                os.link(scratch, self._path(name))  # fails if the name is taken, where rename would not
-            except FileExistsError as error:
-                # Who finds it there may rely on it: the other writer's sync may be still to come.
-                self._sync_directory()
-                raise AlreadyThere(f"{name} exists in {self.url}", next="read it") from error
-            self._sync_directory()
+                os.link(scratch, path)  # fails if the name is taken, where rename would not
+            except FileExistsError:
+                there = True
+                self._renew()
+            try:
+                self._sync_directory()  # who finds it may rely on it, too: the writer's sync may be to come
+            except OSError:
+                self._unsure.add(path)
+                raise
+        if there:
+            raise AlreadyThere(f"{name} exists in {self.url}", next="read it")
 
     def open(self, name: str) -> Reader:
         path = self._path(name)
@@ -210,6 +222,12 @@ class LocalStore(Store):
     def modified(self, name: str) -> float:
         with _told(f"{name} in {self.url} cannot be looked at"):
             return self._path(name).stat().st_mtime
+
+    def settle(self) -> None:
+        self._renew()
+        with _told(f"{self.url} cannot be synced"):
+            self._sync_directory()
+            self._anchor()
 
     def touched(self) -> float:
         with _told(f"{self.url} cannot be looked at"):
@@ -256,10 +274,39 @@ class LocalStore(Store):
                     scratch.unlink(missing_ok=True)
 
     def _make(self) -> None:
+        """Makes this directory; its own name is durable when this returns, whoever made it."""
         missing = [path for path in (self.root, *self.root.parents) if not path.is_dir()]
+        synced: set[Path] = set()
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            _sync(path.parent)
+            try:
+                _sync(path.parent)
+                synced.add(path.parent)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # the next try makes it anew
+                raise
+        self._anchor(synced)
+
+    def _anchor(self, synced: Collection[Path] = ()) -> None:
+        """Makes this directory's own name durable, and those above it, once.
+
+        Whoever made one of them may have died, or been told an error, before its sync.
+        """
+        path, device = self.root, self.root.stat().st_dev
+        while not self._anchored and path != path.parent and path.parent.stat().st_dev == device:
+            path = path.parent
+            if path not in synced:
+                with contextlib.suppress(PermissionError):  # such a parent is not ours to look after
+                    _sync(path)
+        self._anchored = True
+
+    def _renew(self) -> None:
+        """Puts anew what could not be synced in its place: then there is something to sync."""
+        for path in [path for path in tuple(self._unsure) if path.parent == self.root]:
+            with contextlib.suppress(NotFound):
+                self.put(path.name, [self.read(path.name, _COPY_BYTES)])
+            self._unsure.discard(path)
 
     def _sync_directory(self) -> None:
         _sync(self.root)
@@ -269,7 +316,11 @@ class _LocalReader(Reader):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        self.size = os.fstat(self._descriptor).st_size
+        try:
+            self.size = os.fstat(self._descriptor).st_size
+        except OSError:
+            self.close()
+            raise
 
     def read_into(self, start: int, into: memoryview) -> None:
         at = 0
@@ -281,9 +332,11 @@ class _LocalReader(Reader):
             at += count
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        # Whatever the system says, the number is free from here on, and may soon be another file's.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # of what was read, it says nothing
+                os.close(descriptor)
 
 
 class FsspecStore(Store):

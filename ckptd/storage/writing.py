@@ -1,7 +1,7 @@
 """Writing a checkpoint: parts by as many processes as hold them, then the manifest by one.
 
     store = target(url)
-    part = write_image(store, rank, image)                      # in each process; or `write_arrays`
+    part = write_arrays(store, head, tensors, ...)              # in each process; or `write_image`
     publish(store, header, parts)                               # in one, when all parts are there
 
 Files are written once.  Until the manifest is there, nothing is: a writer that dies leaves no checkpoint.
@@ -10,13 +10,13 @@ Files are written once.  Until the manifest is there, nothing is: a writer that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_128_digest
 
-from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NotFound
+from ckptd.errors import CorruptCheckpoint, CorruptImage, InvalidRequest, NotFound
 from ckptd.image import CELL_BYTES, ImagePlan, TensorSpec, Variable, cell_digests, encode
 from ckptd.image.digest import digest_of_digests
 from ckptd.image.digest_table import TABLE_SUFFIX, read_table, table_bytes, write_table
@@ -28,16 +28,16 @@ from ckptd.image.manifest import (
     StoredLayout,
     StoredObject,
 )
-from ckptd.image.variable import write_variable
+from ckptd.image.variable import read_variable, write_variable
 from ckptd.storage import catalog, compression, place
 from ckptd.storage.assemble import Table, table
-from ckptd.storage.describe import tensors_of_image
 from ckptd.storage.parts import LocalTensor, Part
 from ckptd.storage.store import AlreadyThere, Store, open_store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_PACE_BYTES: Final = 4 << 20
 _SLICE_BYTES: Final = 16 * CELL_BYTES  # digested and written while in the cache
 
 
@@ -82,21 +82,61 @@ def target(url: str, generation: int | None = None) -> tuple[Store, str | None, 
 
 
 def write_image(
-    store: Store, rank: int, image: memoryview, *, digests: bytes | None = None, compress: bool = False
+    store: Store,
+    part: Part,
+    image: memoryview,
+    digests: bytes,
+    *,
+    compress: bool = False,
+    spend: Callable[[int], None] | None = None,
 ) -> Part:
     """Writes a rank's image as it is, and its digests; durable when this returns.
 
     Args:
-        digests: of its cells, where they are known (a seal record's); they are not computed again.
+        part: what lies in it.
+        digests: of its cells, as they were sealed; they are not computed again.
         compress: as `ckptd.storage.compression` says.
+        spend: called with the number of bytes before they are written; it may wait.
 
     Raises:
-        CorruptImage, CorruptCheckpoint: these bytes are no image.
         NoSpace, CkptdError: as the store says.
     """
-    tensors = tensors_of_image(image)
     plan = ImagePlan.parse(image) if compress else None
-    return _write_part(store, rank, [image], tensors, digests, plan)
+    packed = _put(store, part.object, _paced([image], spend), plan)
+    store.put(part.object + TABLE_SUFFIX, [write_table(len(image), digests)])
+    return replace(part, packed=packed)
+
+
+def write_share(
+    store: Store,
+    image: memoryview,
+    tensors: Sequence[LocalTensor],
+    *,
+    compress: bool = False,
+    spend: Callable[[int], None] | None = None,
+) -> Part:
+    """Writes some of the tensors of a rank's image, and all else that the rank has.
+
+    Raises:
+        CorruptImage: an array's bytes are not what its digest says.
+        NoSpace, CkptdError: as the store says.
+    """
+    plan = ImagePlan.parse(image)
+    head = read_variable(plan, image)
+    digest_of = {tensor.array: tensor.digest for tensor in tensors}
+
+    def load(array: str) -> memoryview:
+        data = plan.tensor(image, array)
+        if xxh3_128_digest(data) != digest_of[array]:
+            raise CorruptImage(
+                f"{array} of rank {head.rank} is damaged in memory",
+                next="the scrub repairs it; save a later step",
+            )
+        return data
+
+    return write_arrays(
+        store, head, tensors, lambda array: plan.spec_of[array].shape, load, compress=compress, spend=spend
+    )
 
 
 def write_arrays(
@@ -107,6 +147,7 @@ def write_arrays(
     load: Callable[[str], Buffer],
     *,
     compress: bool = False,
+    spend: Callable[[int], None] | None = None,
 ) -> Part:
     """Writes a file of arrays, one after another: no more than one is in memory at a time.
 
@@ -115,6 +156,7 @@ def write_arrays(
         tensors: what lies in the arrays; an array that holds several is written once.
         shape_of, load: give an array's own shape, and its bytes, contiguous.
         compress: as `ckptd.storage.compression` says.
+        spend: called with the number of bytes before they are written; it may wait.
 
     Raises:
         ValueError: an array's bytes are not as long as its dtype and shape say.
@@ -123,8 +165,12 @@ def write_arrays(
     dtype_of = {tensor.array: tensor.dtype for tensor in tensors}
     specs = [TensorSpec(array, dtype, shape_of(array)) for array, dtype in dtype_of.items()]
     plan = ImagePlan.build(specs, objects_capacity=len(head.objects))
-    packed = plan if compress else None
-    return _write_part(store, head.rank, _pieces(plan, head, load), tensors, None, packed)
+    name = place.object_name(head.rank)
+    stream = Digesting(_paced(_pieces(plan, head, load), spend))
+    packed = _put(store, name, stream, plan if compress else None)
+    digests, nbytes = stream.digests(), stream.nbytes
+    store.put(name + TABLE_SUFFIX, [write_table(nbytes, digests)])
+    return Part(head.rank, name, nbytes, digest_of_digests(digests), tuple(tensors), packed)
 
 
 def empty_objects() -> bytes:
@@ -240,25 +286,17 @@ class Digesting:
         self._rest += view[whole:]
 
 
-def _write_part(
-    store: Store,
-    rank: int,
-    pieces: Iterable[Buffer],
-    tensors: Sequence[LocalTensor],
-    digests: bytes | None,
-    compress: ImagePlan | None,
-) -> Part:
-    name = place.object_name(rank)
-    if digests is None:
-        stream = Digesting(pieces)
-        packed = _put(store, name, stream, compress)
-        digests, nbytes = stream.digests(), stream.nbytes
-    else:
-        held = [memoryview(piece).cast("B") for piece in pieces]
-        nbytes = sum(map(len, held))
-        packed = _put(store, name, held, compress)
-    store.put(name + TABLE_SUFFIX, [write_table(nbytes, digests)])
-    return Part(rank, name, nbytes, digest_of_digests(digests), tuple(tensors), packed)
+def _paced(pieces: Iterable[Buffer], spend: Callable[[int], None] | None) -> Iterator[Buffer]:
+    """Yields the bytes of the pieces, those of large ones in slices where somebody wants to keep the pace."""
+    if spend is None:
+        yield from pieces
+        return
+    for piece in pieces:
+        view = memoryview(piece).cast("B") if memoryview(piece).nbytes else memoryview(b"")
+        for at in range(0, len(view), _PACE_BYTES):
+            data = view[at : at + _PACE_BYTES]
+            spend(len(data))
+            yield data
 
 
 def _put(store: Store, name: str, pieces: Iterable[Buffer], compress: ImagePlan | None) -> Packed | None:
@@ -295,18 +333,3 @@ def _pieces(plan: ImagePlan, head: Variable, load: Callable[[str], Buffer]) -> I
     image = memoryview(bytearray(bare.image_bytes))
     write_variable(bare, image, head)
     yield image[bare.variable_offset :]
-
-
-__all__ = [
-    "CkptdError",
-    "Digesting",
-    "Heading",
-    "check_in_place",
-    "empty_objects",
-    "manifest_of",
-    "publish",
-    "target",
-    "write_arrays",
-    "write_image",
-    "xxh3_128_digest",
-]

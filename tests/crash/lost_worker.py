@@ -33,7 +33,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Of every byte of parameters and moments."""
     tensors = [p.detach() for p in model.parameters()]
-    tensors += [value for state in optimizer.state.values() for value in state.values()]
+    tensors += [state[key] for state in optimizer.state.values() for key in sorted(state)]
     return xxh3_128_hexdigest(b"".join(tensor.numpy().tobytes() for tensor in tensors))
 
 

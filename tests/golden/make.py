@@ -1,9 +1,12 @@
 """Makes the golden checkpoints: real training state, captured and stored in every way there is.  Run once.
 
-    python tests/golden/make.py
+    python tests/golden/make.py             makes those that are not there
 
     distributed/    two ranks of an FSDP2 job (gloo), images as the daemon writes them
     consolidated/   `ckptd.save` of the same kind of state by one process
+    packed/         the same, compressed; with a pin
+    files/          another tool's files, kept verbatim
+    lines/          the start of a line, as a rollback leaves it
     *.json          what they hold, as the live tensors had it: {NAME: [WIDTH, SHAPE, base64 of the bits]}
 
 What lies here is never made anew: old bytes must stay readable.  A new form gets a directory of its own.
@@ -16,6 +19,7 @@ import json
 import os
 import shutil
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,11 @@ from torch.distributed.tensor import DTensor
 
 import ckptd
 from ckptd.client import embedded
+from ckptd.image.manifest import Manifest
+from ckptd.integrations.fsspec_store import CkptdFileSystem
+from ckptd.storage import catalog, compression, marks
+from ckptd.storage.lines import Start
+from ckptd.storage.store import LocalStore
 
 HERE = Path(__file__).parent
 STEPS = 3
@@ -110,7 +119,7 @@ def rank_main(out: Path) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
+def distributed() -> None:
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         root = Path(directory)
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -134,11 +143,52 @@ def main() -> None:
     other = {name: held for name, held in second.items() if held != first[name]}
     write("distributed-rank-0.json", first)
     write("distributed-rank-1.json", other)  # what differs from rank 0
+
+
+def consolidated() -> None:
     state = trained(0, sharded=False)
     write("consolidated.json", bits(state))
     # Long enough for a second block; listed in the test.
     more = {"epoch": 4, "seen": (1, 2.5, None), "long": (torch.arange(53504) % 251).to(torch.uint8)}
     ckptd.save(str(HERE / "consolidated"), {**state, **more}, step=3, job="golden")
+
+
+def packed() -> None:
+    """Groups of width 4 and 1; and a last one of 64 bytes, which no compression shortens: width 0."""
+
+    def save(url: str, fill: int, text: int) -> Manifest:
+        torch.manual_seed(1)
+        state = {
+            **trained(0, sharded=False),
+            "wide": (torch.arange(300_000) % 977).float(),  # listed in the test, with the next
+            "long": (torch.arange(1_000_000 + fill) % 251).to(torch.uint8),
+            "text": (string.ascii_letters + string.digits)[:text],
+        }
+        return ckptd.save(url, state, step=3, job="golden", compress=True)
+
+    with tempfile.TemporaryDirectory() as directory:
+        sizes = [save(f"{directory}/{text}", 0, text).objects[0].nbytes for text in range(62)]
+    # The longest text that does not take another unit of 64 bytes: few zeros are left behind it.
+    text = max(text for text in range(62) if sizes[text] == sizes[0])
+    fill = (64 - sizes[text]) % compression.GROUP_BYTES
+    made = save(str(HERE / "packed"), fill, text)
+    assert made.objects[0].nbytes % compression.GROUP_BYTES == 64
+    marks.pin(LocalStore(HERE / "packed"), "kept for ever", now=1_800_000_000)
+
+
+def files() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        fs = CkptdFileSystem(store=directory)
+        fs.pipe_file("golden/step-7/__0_0.distcp", bytes(i % 253 for i in range(70_000)))
+        fs.pipe_file("golden/step-7/.metadata.tmp", b"no pickle, but kept like one")
+        fs.mv("golden/step-7/.metadata.tmp", "golden/step-7/.metadata")
+        (stored,) = Path(directory, "golden").iterdir()
+        shutil.copytree(stored, HERE / "files")
+
+
+def lines() -> None:
+    start = Start(3, (2, 900), "loss spike at 1200", 1_800_000_000)
+    LocalStore(HERE / "lines").put_if_absent(catalog.start_name(3), start.write("golden"))
 
 
 def write(name: str, held: dict[str, Any]) -> None:
@@ -150,4 +200,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         rank_main(Path(sys.argv[1]))
     else:
-        main()
+        for make in (distributed, consolidated, packed, files, lines):
+            if not (HERE / make.__name__).exists():
+                make()

@@ -18,13 +18,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.nn.parallel import DistributedDataParallel
 
-VOCABULARY, HIDDEN, INNER, LENGTH, BATCH = 10, 6, 7, 5, 4
+VOCABULARY, HIDDEN, INNER, WIDE, LENGTH, BATCH = 10, 6, 7, 11, 5, 4
 LR = 0.01
 
 # The dim that tensor parallelism splits, by the last two parts of a name; no others are split by it.
 COLUMNS, ROWS = {"weight": 0, "bias": 0}, {"weight": 1}
 SPLIT_BY_TP = {"query": COLUMNS, "value": COLUMNS, "up": COLUMNS, "out": ROWS, "down": ROWS}
-SPLIT_BY_TP |= {"embed": {"weight": 0}, "head": COLUMNS}
+SPLIT_BY_TP |= {"widen": COLUMNS, "narrow": ROWS, "embed": {"weight": 0}, "head": COLUMNS}
 BUFFERS = ("tokens", "scale")
 
 
@@ -45,8 +45,21 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.up(self.second(x))))
 
 
+class Adapter(nn.Module):
+    """A part whose parameters are bf16, in a model of f32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen = nn.Linear(HIDDEN, WIDE, dtype=torch.bfloat16)
+        self.narrow = nn.Linear(WIDE, HIDDEN, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * self.narrow(torch.sigmoid(self.widen(x.bfloat16()))).float()
+
+
 class Model(nn.Module):
-    """Sizes 10, 7, 6 and 1: over eight ranks some have nothing."""
+    """Sizes 11, 10, 7, 6, 5 and 1, so that over eight ranks some have nothing; bf16 among f32; the embedding
+    is also the head's weight; a parameter is frozen; two buffers."""
 
     tokens: torch.Tensor
     scale: torch.Tensor
@@ -54,17 +67,18 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.position = nn.Parameter(torch.randn(LENGTH, HIDDEN), requires_grad=False)
+        self.block = Block()
+        self.adapter = Adapter()
         self.temperature = nn.Parameter(torch.ones(1))
         self.head = nn.Linear(HIDDEN, VOCABULARY)
+        self.head.weight = self.embed.weight
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
         self.register_buffer("scale", torch.rand(3))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self.tokens += tokens.numel()
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
+        x = self.adapter(self.block(self.embed(tokens) + self.position))
         return self.head(x) * self.temperature * self.scale.sum()
 
 
@@ -74,10 +88,19 @@ class Layout:
 
     kind: str  # ddp, fsdp, hsdp, tp, fsdp-tp, hsdp-tp
     sizes: tuple[int, ...]
+    other_way: str = ""  # of AdamW, than that of all layouts without or with tensor parallelism
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{'x'.join(map(str, self.sizes))}"
+        return f"{self.kind}-{'x'.join(map(str, self.sizes))}{self.other_way and '-' + self.other_way}"
+
+    @property
+    def way(self) -> str:
+        """How AdamW goes through the tensors: "fused", "foreach" or one after another ("single").
+
+        Tensor parallelism leaves plain tensors or tensors on two meshes: these go only one after another.
+        """
+        return self.other_way or ("single" if "tp" in self.kind else "fused")
 
     @property
     def ranks(self) -> int:
@@ -85,8 +108,12 @@ class Layout:
 
     @property
     def exact(self) -> bool:
-        """Whether its sums have the same bits as one process's: equal terms, and a power of two of them."""
-        return "tp" not in self.kind and self.ranks & (self.ranks - 1) == 0
+        """Whether its sums have the same bits as one process's.
+
+        All ranks have equal terms: of two or four, one after another, the sum is exact (3g may be rounded,
+        and 3g + g is 4g again); of three, or of eight in a row, it is not.
+        """
+        return self.way == "fused" and all(size in (1, 2, 4) for size in self.sizes)
 
     def cuts(self, name: str, dims: int, rank: int) -> list[tuple[int, int, int]]:
         """What one rank has of a tensor: (dim, chunks, which one) to be applied one after the other."""
@@ -121,9 +148,8 @@ class Layout:
         if "shard" in self._axes:
             names = tuple(axis for axis in self._axes if axis != "tp")
             data = mesh[names] if len(names) > 1 else mesh[names[0]]
-            for block in model.blocks:
-                fully_shard(block, mesh=data)
-            fully_shard(model, mesh=data)
+            for part in (model.block, model.adapter, model):
+                fully_shard(part, mesh=data)  # one dtype in each
         return model
 
 
@@ -131,21 +157,24 @@ def layouts(world: int) -> list[Layout]:
     """The layouts that a number of ranks has."""
     found = [Layout("ddp", (world,)), Layout("fsdp", (world,))]
     pairs = [(n, world // n) for n in range(2, world) if world % n == 0]
+    pairs = pairs or list(dict.fromkeys([(1, world), (world, 1)]))
     found += [Layout(kind, pair) for kind in ("hsdp", "fsdp-tp") for pair in pairs]
     if world in (2, 3):
-        found += [Layout("tp", (world,)), Layout("fsdp-tp", (1, world))]
+        found.append(Layout("tp", (world,)))
+    if world == 4:
+        found += [Layout("fsdp", (world,), way) for way in ("foreach", "single")]
     if world == 8:
         found.append(Layout("hsdp-tp", (2, 2, 2)))
     return found
 
 
-def optimizer_of(model: nn.Module, lr: float = LR) -> torch.optim.AdamW:
-    """AdamW over two groups."""
+def optimizer_of(model: nn.Module, way: str, lr: float = LR) -> torch.optim.AdamW:
+    """AdamW over two groups; `way` as in `Layout`."""
     named = list(model.named_parameters())
     decayed = [p for name, p in named if name.endswith("weight")]
     others = [p for name, p in named if not name.endswith("weight")]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.95), foreach=way == "foreach", fused=way == "fused")
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
@@ -199,7 +228,8 @@ def _split(model: Model, mesh: DeviceMesh) -> None:
     column, row = ColwiseParallel(use_local_output=False), RowwiseParallel()
     plan: dict[str, ParallelStyle] = {"embed": RowwiseParallel(input_layouts=Replicate())}
     plan["head"] = ColwiseParallel(output_layouts=Replicate())
-    for block in ("blocks.0", "blocks.1"):
-        plan |= {f"{block}.{name}": column for name in ("query", "value", "up")}
-        plan |= {f"{block}.{name}": row for name in ("out", "down")}
+    plan |= {f"block.{name}": column for name in ("query", "value", "up")}
+    plan |= {f"block.{name}": row for name in ("out", "down")}
+    plan |= {"adapter.widen": column, "adapter.narrow": row}
     parallelize_module(model, mesh, plan)
+    model.head.weight = model.embed.weight  # each was made a DTensor of its own

@@ -50,7 +50,7 @@ def test_shards_in_images_are_what_fully_shard_stores(
     layout, whole = Layout("fsdp-tp", mesh), torch.arange(size)
     kinds = (("strided", 0, mesh[1]), ("shard", 0))
     for rank in range(layout.ranks):
-        local = cut(whole, layout.cuts("model.blocks.0.up.bias", 1, rank))
+        local = cut(whole, layout.cuts("model.block.up.bias", 1, rank))
         form = Form((size,), (1,), kinds, mesh, ("dp", "tp"), divmod(rank, mesh[1]))
         described = {t.name: t for t in tensors_of_image(image_of(tmp_path / str(rank), "w", local, form))}[
             "w"
@@ -66,7 +66,7 @@ def test_shards_in_images_are_what_fully_shard_stores(
 def test_a_shard_that_is_not_what_its_placements_say_is_refused() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
     try:
-        bias = Layout("fsdp", (3,)).build(seed=3).get_parameter("blocks.0.up.bias")
+        bias = Layout("fsdp", (3,)).build(seed=3).get_parameter("block.up.bias")
         assert isinstance(bias, DTensor)
         assert targets.describe("bias", bias, 0).tiles.sizes.tolist() == [[3]]
         bias._local_tensor = bias.to_local().detach()[:-1]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy, Schedule
@@ -16,7 +19,12 @@ from ckptd.storage.s3_calls import Calls, connect
 
 # Deadlines are for tests; a slow machine makes more tries, and no other result.
 QUICK = Policy(tries=8, try_s=2.0, total_s=20.0, first_pause_s=0.002, most_pause_s=0.05, budget=40)
-PART_BYTES = 40_000  # S3 itself takes no less than 5 MiB; moto is told to
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+PART_BYTES = 40_000  # S3 itself takes no less than 5 MiB
 
 
 @dataclass
@@ -37,34 +45,30 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3]:
-    from moto.s3 import models
-    from moto.server import ThreadedMotoServer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "S3_UPLOAD_PART_MIN_SIZE", 256)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        proxy = FaultProxy((host, port))
+    command = [sys.executable, str(Path(__file__).with_name("s3_server.py"))]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as server,
+    ):
+        assert server.stdout is not None
+        assert server.stdin is not None
+        host, port = server.stdout.readline().split()
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        proxy = FaultProxy((host, int(port)))
         s3 = S3(f"http://{host}:{port}", proxy, "tests")
         connect(s3.bucket, policy=QUICK, endpoint_url=s3.direct).call("no bucket", "create_bucket")
         yield s3
         proxy.close()
-        server.stop()
+        server.stdin.close()
 
 
 @pytest.fixture
 def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """The server, with a proxy that does nothing unless it is told to; CKPTD_STORE may name s3:// URLs."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3_server.proxy.url,
-    }.items():
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.proxy.url}.items():
         monkeypatch.setenv(name, value)
     s3_server.proxy.use(Schedule())
     yield s3_server

@@ -8,6 +8,7 @@ atomically, moto looks first and writes then.
 from __future__ import annotations
 
 import http.client
+import os
 import random
 import re
 import socket
@@ -19,8 +20,16 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
-KINDS: Final = ("503", "500", "429", "reset", "cut", "lost", "silent", "slow-list")
-_ERRORS: Final = {"503": (503, "SlowDown"), "500": (500, "InternalError"), "429": (429, "TooManyRequests")}
+# reset: in the middle of the request.  lost, closed: it is done, and then the connection is reset, or closed.
+# silent: it is done, and no answer comes.  cut: half of the answer comes.
+KINDS: Final = ("503", "500", "429", "409", "reset", "cut", "lost", "closed", "silent", "slow-list")
+_ERRORS: Final = {
+    "503": (503, "SlowDown"),
+    "500": (500, "InternalError"),
+    "429": (429, "TooManyRequests"),
+    "409": (409, "ConditionalRequestConflict"),
+    "gone": (404, "NoSuchUpload"),
+}
 _RANDOM_NAMES: Final = re.compile(r"(?i)(uploadId=[^&]*|[0-9a-f]{24}|continuation-token=[^&]*)")
 
 
@@ -49,7 +58,7 @@ class Schedule:
         kinds = rng.sample(KINDS, rng.randint(1, 4))
         chances = {kind: rng.uniform(0.02, 0.3) for kind in kinds}
         if "silent" in chances:
-            chances["silent"] = min(chances["silent"], 0.03)  # each costs a deadline
+            chances["silent"] = min(chances["silent"], 0.02)  # each costs a deadline
         begin = rng.randint(0, 40)
         storm = range(begin, begin + rng.randint(0, 8))
         down = rng.randint(1, 45) if seed % 5 == 4 else None
@@ -108,7 +117,7 @@ class FaultProxy:
             self._seen[what] += 1
             self.requests[method] += 1
             fault = self.schedule.fault(number, what, before)
-            if fault == "slow-list" and "list-type" not in path:
+            if (fault == "slow-list" and "list-type" not in path) or (fault == "409" and method != "PUT"):
                 fault = ""
             if fault:
                 self.injected[fault] += 1
@@ -170,8 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow-list":
             threading.Event().wait(schedule.slow_s)
         status, answered, data = self.proxy.forward(self.command, self.path, headers, body)
-        if fault == "lost":  # done, and the answer never arrives
-            self._drop()
+        if fault in ("lost", "closed"):
+            self._drop(reset=fault == "lost")
         elif fault == "silent":
             self._wait(schedule.silent_s)
             self._drop()
@@ -211,9 +220,12 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(OSError):
             self.connection.recv(1)
 
-    def _drop(self) -> None:
-        """Resets the connection."""
+    def _drop(self, *, reset: bool = True) -> None:
+        """Ends the connection now."""
         self.close_connection = True
         with suppress(OSError):
+            if not reset:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            self.connection.shutdown(socket.SHUT_RDWR)
+            os.close(self.connection.detach())  # its files would keep it open

@@ -29,6 +29,7 @@ from ckptd.storage.store import LocalStore, Reader
 
 FILE = "rank-00000.safetensors"
 BOMB_BYTES = 64 << 20
+NOISE = np.random.default_rng(5).bytes(100_000)
 
 
 def state() -> dict[str, Any]:
@@ -135,12 +136,28 @@ def lying(frame: bytes, declared: int) -> bytes:
     return frame[:at] + struct.pack("<I", declared) + frame[at + 4 :]
 
 
+def wide_window(data: bytes) -> bytes:
+    """A frame that declares its size, and asks for a window of 128 MiB to decompress it."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=27, compression_level=1)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=len(data))
+    frame = bytearray(stream.compress(data) + stream.flush())
+    if frame[4] & 0x20:  # it is written without a window: give it one
+        single, size = frame[4], frame[5 : 5 + (1 << (frame[4] >> 6))]
+        assert len(size) == 4
+        frame[4:9] = bytes([single & ~0x20, (27 - 10) << 3]) + size
+    return bytes(frame)
+
+
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "bomb that declares its size": lambda: zstd(bytes(BOMB_BYTES)),
     "bomb that declares none": lambda: streamed(bytes(BOMB_BYTES)),
     "bomb that lies": lambda: lying(zstd(bytes(BOMB_BYTES)), 100_000),
     "short one that lies": lambda: lying(zstd(bytes(99_999)), 100_000),
     "one byte more": lambda: lying(zstd(bytes(100_001)), 100_000),
+    "declares almost 2**64": lambda: (
+        struct.pack("<IBBQ", 0xFD2FB528, 0xC0, 0x50, 2**64 - 3) + zstd(bytes(9))[5:]
+    ),
+    "needs a dictionary": lambda: zstd(NOISE, dict_data=zstandard.ZstdCompressionDict(NOISE, 1)),
     "truncated": lambda: zstd(np.random.default_rng(0).bytes(100_000))[:-100],
     "two frames": lambda: zstd(bytes(100_000)) + zstd(bytes(BOMB_BYTES)),
     "bytes behind": lambda: zstd(bytes(100_000)) + b"x",
@@ -161,6 +178,17 @@ def test_hostile_frames_are_refused_within_the_budget(kind: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+    # What zstd takes itself, Python does not trace.
+    decompressor = vars(compression._local).get("decompressor")
+    assert decompressor is None or decompressor.memory_size() < 4 << 20
+
+
+def test_a_wide_window_takes_no_memory() -> None:
+    into = memoryview(bytearray(b"x" * 100_000))
+    vars(compression._local).clear()
+    unpack_group(wide_window(bytes(100_000)), 1, into, "f")
+    assert not any(into)
+    assert compression._local.decompressor.memory_size() < 4 << 20
 
 
 def test_a_frame_of_the_right_length_is_accepted() -> None:
@@ -200,6 +228,10 @@ def table(
         (table([(2**32 - 1, 4)], file_bytes=999), "make 4294967295 bytes"),
         (table([(100, 4)], file_bytes=999)[:-1] + b"\1", "width"),
         (table([(50, 4), (50, 4)], file_bytes=999), "match"),
+        (table([(100, 4)], file_bytes=999)[:-1], "match"),  # truncated
+        (table([(100, 4)], file_bytes=999)[:20], "match"),
+        (b"", "match"),
+        (table([(GROUP_BYTES, 4)], file_bytes=999), "make 1048576 bytes"),  # beyond the file
     ],
 )
 def test_lying_tables_are_refused(made: bytes, why: str) -> None:
@@ -209,6 +241,14 @@ def test_lying_tables_are_refused(made: bytes, why: str) -> None:
     with pytest.raises(CorruptCheckpoint, match="match the manifest"):
         compression.read_frames("f", good, 999, Packed(100, bytes(16)))
     assert len(compression.read_frames("f", good, 999, Packed(100, xxh3_128_digest(good)))) == 1
+
+
+@pytest.mark.parametrize("lengths", [(GROUP_BYTES + 1, 9), (0, 100)])
+def test_lengths_that_no_group_has_are_refused_though_their_sum_is_right(lengths: tuple[int, int]) -> None:
+    made = table([(length, 4) for length in lengths], file_bytes=GROUP_BYTES + 9)
+    with pytest.raises(CorruptCheckpoint, match="make"):
+        packed = Packed(sum(lengths), xxh3_128_digest(made))
+        compression.read_frames("f", made, GROUP_BYTES + 9, packed)
 
 
 def test_readers_do_not_read_beyond_the_end() -> None:
@@ -223,6 +263,27 @@ def test_readers_do_not_read_beyond_the_end() -> None:
     assert into == b"a" * 20
     with pytest.raises(CorruptCheckpoint, match="ends at byte"):
         reader.read_into(GROUP_BYTES - 9, memoryview(into))
+
+
+def test_no_group_lies_beyond_the_file(tmp_path: Path) -> None:
+    """The table says so, and manifest and digests agree with it; the file is as long as it says."""
+    manifest = saved(tmp_path, compress=True)
+    (stored,) = manifest.objects
+    assert stored.packed is not None
+    store = LocalStore(tmp_path)
+    made = bytearray(store.read(FILE + ".frames", 1 << 20))
+    lengths = [length for length, _ in struct.iter_unpack("<IB3x", made[32:])]
+    first, second = 0, next(i for i, length in enumerate(lengths) if i and length < lengths[0])
+    for at, length in ((first, lengths[first] + 1), (second, lengths[second] - 1)):  # the same sum
+        struct.pack_into("<I", made, 32 + 8 * at, length)
+    store.put(FILE + ".frames", [bytes(made)])
+    packed = Packed(stored.packed.nbytes, xxh3_128_digest(bytes(made)))
+    store.delete("manifest.json")
+    store.put_if_absent("manifest.json", replace(manifest, objects=(replace(stored, packed=packed),)).write())
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.verify()
+    with pytest.raises(CorruptCheckpoint):
+        checkpoint["w"][...]
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "longer", "table flipped", "table gone"])

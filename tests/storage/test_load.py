@@ -47,6 +47,8 @@ def same_states(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> No
     ("optimizer", "options"),
     [
         ("AdamW", {}),
+        ("AdamW", {"foreach": True}),
+        ("AdamW", {"fused": True}),
         ("Adam", {"amsgrad": True}),
         ("SGD", {"momentum": 0.9}),
         ("Adafactor", {}),
@@ -77,6 +79,33 @@ def test_a_fresh_optimizer_goes_on_like_the_saved_one(tmp_path: Path, optimizer:
     step(fresh, fresh_opt)
     for ours, theirs in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+HOW = ("foreach", "fused", "capturable", "differentiable")
+WAYS = ({"foreach": False}, {"foreach": True}, {"fused": True})
+
+
+@pytest.mark.parametrize("saved", WAYS)
+@pytest.mark.parametrize("live", WAYS)
+def test_how_an_optimizer_computes_is_its_own(tmp_path: Path, saved: Any, live: Any) -> None:
+    """Its state and settings come from the checkpoint, and it goes on in the way that it was made for."""
+    model, opt = trained(1, "AdamW", weight_decay=0.3, **saved)
+    ckptd.save(str(tmp_path / "c"), {"model": model, "opt": opt})
+    torch.manual_seed(99)
+    fresh = nn.Sequential(nn.Linear(12, 33), nn.BatchNorm1d(33), nn.Linear(33, 5))
+    fresh_opt = torch.optim.AdamW(fresh.parameters(), lr=0.5, **live)
+    made_as = {key: fresh_opt.param_groups[0][key] for key in HOW}
+    ckptd.load(str(tmp_path / "c"), {"model": fresh, "opt": fresh_opt})
+    group = fresh_opt.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.05, 0.3)
+    assert {key: group[key] for key in HOW} == made_as
+    for seed in range(3):
+        for which in ((model, opt), (fresh, fresh_opt)):
+            torch.manual_seed(seed)
+            step(*which)
+    same_bits = {"rtol": 0.0, "atol": 0.0} if saved == live else {"rtol": 1e-4, "atol": 1e-5}
+    batch = torch.randn(7, 12)
+    torch.testing.assert_close(fresh(batch), model(batch), **same_bits)
 
 
 def test_every_dtype_and_every_memory_layout(tmp_path: Path) -> None:

@@ -89,10 +89,11 @@ def test_replicas_that_lie_elsewhere_in_their_files_serve_too(tmp_path: Path) ->
     """Rank 1 has one more tensor first: no block of its file equals one of rank 0's."""
     values = state()
     store = tmp_path / "c"
+    from xxhash import xxh3_128_digest
+
     from ckptd.image import Variable
     from ckptd.storage import writing
     from ckptd.storage.parts import LocalTensor
-    from ckptd.storage.writing import xxh3_128_digest
 
     target, _, _ = writing.target(str(store))
     parts = []

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 import threading
+import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from conftest import PART_BYTES, QUICK, S3
-from fault_proxy import Schedule
+from fault_proxy import FaultProxy, Schedule
 from storagekit import same, sealed
 
 from ckptd.errors import CkptdError, DeadlineExceeded, Unreachable
 from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from ckptd.storage import catalog, multipart, place, snapshot
+from ckptd.storage import catalog, multipart, place, snapshot, writing
+from ckptd.storage.parts import Part
 from ckptd.storage.reading import Checkpoint
+from ckptd.storage.snapshot import SealedImage
 from ckptd.storage.store import SCRATCH_PREFIX, AlreadyThere, Store
 from ckptd.storage.writing import Heading
 
 RANKS = (0, 1)
-OLD, NEW = 1, 2
-IMAGES = {step: [sealed(9, rank, len(RANKS), step) for rank in RANKS] for step in (OLD, NEW)}
+LANES = 3  # schedules at a time, each with a proxy of its own: most of a run is waiting
 HURRIED = replace(QUICK, tries=6, try_s=0.7, total_s=6.0, budget=25)
 
 
@@ -39,72 +43,92 @@ def test_five_hundred_schedules(s3: S3) -> None:
 
 
 def _schedules(s3: S3, seeds: range) -> None:
-    s3.proxy.injected.clear()
-    ends: Counter[str] = Counter()
-    for seed in seeds:
-        ends[_one(s3, seed)] += 1
-    faults = ", ".join(f"{kind} {count}" for kind, count in sorted(s3.proxy.injected.items()))
-    print(f"{len(seeds)} schedules of seeds {seeds[0]} to {seeds[-1]}: {dict(ends)}; faults: {faults}")
-    assert ends["durable"] > len(seeds) // 3  # faults that pass do not keep a step from being durable
-    assert ends["not durable"]  # and some stores were gone for good
+    began = time.monotonic()
+    lanes = [seeds[n::LANES] for n in range(LANES)]
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(contextlib.closing(FaultProxy(s3.proxy.target))) for _ in lanes]
+        runs = [
+            functools.partial(_lane, replace(s3, proxy=p), lane)
+            for p, lane in zip(proxies, lanes, strict=True)
+        ]
+        durable = sum(_together(runs, seeds[0], 1700))
+    faults: Counter[str] = sum((proxy.injected for proxy in proxies), Counter())
+    print(
+        f"{len(seeds)} schedules, {sum(faults.values())} faults injected "
+        f"({', '.join(f'{kind} {count}' for kind, count in sorted(faults.items()))}), "
+        f"{durable} steps durable, seeds {seeds[0]} to {seeds[-1]}, {time.monotonic() - began:.0f} s"
+    )
+    assert durable > len(seeds) // 3  # faults that pass do not keep a step from being durable
+    assert durable < len(seeds)  # and some stores were gone for good
 
 
-def _one(s3: S3, seed: int) -> str:
-    """One run of two nodes and two coordinators; returns how it ended."""
-    prefix = f"run-{seed}-{uuid.uuid4().hex}"
+def _lane(s3: S3, seeds: range) -> int:
+    """One job saves a step under each schedule, after one without faults; returns how many are durable."""
+    prefix = f"run-{uuid.uuid4().hex}"
     clean = s3.store(prefix, direct=True)
-    _write(clean, OLD, 3)
-    s3.proxy.use(Schedule.of(seed))
-    faulty = s3.store(prefix, policy=HURRIED, seed=seed)
-    reported: list[str] = []
-    _together([lambda rank=rank: _node(faulty, rank) for rank in RANKS], seed)
-    _together([lambda: reported.extend(_coordinator(faulty)) for _ in range(2)], seed)
-    _read(faulty, OLD, seed)
-    s3.proxy.use(Schedule())
-    _check(clean, reported, seed)
-    return "durable" if reported else "not durable"
+    assert _node(clean, 1, 0) and _node(clean, 1, 1) and _coordinator(clean, 1)
+    durable = [1]
+    for step, seed in enumerate(seeds, 2):
+        s3.proxy.use(Schedule.of(seed))
+        reported = _one(s3.store(prefix, policy=HURRIED, seed=seed), step, durable[-1], seed)
+        s3.proxy.use(Schedule())
+        there = snapshot.is_published(_directory(clean, step))
+        assert there or not reported, f"seed {seed}: reported, and not there"
+        durable += [step] if there else []
+    for step in durable:
+        _read(clean, step, seeds[max(0, step - 2)])
+    return len(durable) - 1
 
 
-def _node(store: Store, rank: int) -> None:
+def _one(store: Store, step: int, old: int, seed: int) -> bool:
+    """Two nodes and two coordinators save a step; returns whether one said that it is durable."""
+    _together([functools.partial(_node, store, step, rank) for rank in RANKS], seed)
+    said = _together([functools.partial(_coordinator, store, step)] * 2, seed)
+    with contextlib.suppress(
+        Unreachable, DeadlineExceeded
+    ):  # and nothing else is said of a step that is there
+        why = catalog.why_not(store.inside("job"), catalog.Entry(old, 0))
+        assert why is None, f"seed {seed}: step {old} is said to be lost: {why}"
+        _read(store, old, seed)
+    return any(said)
+
+
+def _node(store: Store, step: int, rank: int) -> bool:
     for _ in range(2):
         try:
-            snapshot.write_parts(_directory(store, NEW), [IMAGES[NEW][rank]])
+            snapshot.write_parts(_directory(store, step), snapshot.described([_images(step)[rank]]))
         except CkptdError:
             continue
-        return
+        return True
+    return False
 
 
-def _coordinator(store: Store) -> list[str]:
-    """Publishes as the flush does; returns what it says is durable."""
+def _coordinator(store: Store, step: int) -> bool:
+    """Publishes as the flush does; returns whether it says that the step is durable."""
     for _ in range(2):
         try:
-            if snapshot.publish_when_whole(_directory(store, NEW), Heading("job", NEW, world_size=2), RANKS):
-                return ["durable"]
+            return snapshot.publish_when_whole(
+                _directory(store, step), Heading("job", step, world_size=2), RANKS
+            )
         except CkptdError:
             continue
-    return []
+    return False
 
 
 def _read(store: Store, step: int, seed: int) -> None:
-    """Reads through the faults: the right bytes, or an error that says that the store does not answer."""
-    try:
-        assert catalog.why_not(store.inside("job"), catalog.Entry(step, 0)) is None, f"seed {seed}"
-        assert same(_open(store, step), IMAGES[step]), f"seed {seed}"
-    except (Unreachable, DeadlineExceeded):
-        pass
+    """Reads a step: its digests are the manifest's, and its bytes those that were sealed."""
+    checkpoint = _open(store, step)
+    for rank, sealed_image in enumerate(_images(step)):
+        with checkpoint.open(rank) as reader:
+            found = bytearray(reader.size)
+            reader.read_into(0, memoryview(found))
+        assert checkpoint.digests(rank) == sealed_image.digests, f"seed {seed}: wrong digests of step {step}"
+        assert found == sealed_image.image, f"seed {seed}: wrong bytes of step {step}"
 
 
-def _check(clean: Store, reported: list[str], seed: int) -> None:
-    assert same(_open(clean, OLD), IMAGES[OLD]), f"seed {seed}: the old step is lost"
-    there = snapshot.is_published(_directory(clean, NEW))
-    assert there or not reported, f"seed {seed}: reported, and not there"
-    if there:
-        assert same(_open(clean, NEW), IMAGES[NEW]), f"seed {seed}: half a step is visible"
-
-
-def _write(store: Store, step: int, tries: int) -> None:
-    snapshot.write_parts(_directory(store, step), IMAGES[step])
-    assert snapshot.publish_when_whole(_directory(store, step), Heading("job", step, world_size=2), RANKS)
+@functools.cache
+def _images(step: int) -> list[SealedImage]:
+    return [sealed(9, rank, len(RANKS), step) for rank in RANKS]
 
 
 def _open(store: Store, step: int) -> Checkpoint:
@@ -116,12 +140,14 @@ def _directory(store: Store, step: int) -> Store:
     return store.inside("job").inside(place.directory_name(step, 0))
 
 
-def _together(calls: list[Callable[[], Any]], seed: int) -> None:
+def _together(calls: Sequence[Callable[[], Any]], seed: int, deadline_s: float = 90) -> list[Any]:
+    """Returns what the calls return, in the order in which they end; each in a thread."""
     errors: list[BaseException] = []
+    found: list[Any] = []
 
     def run(call: Callable[[], Any]) -> None:
         try:
-            call()
+            found.append(call())
         except BaseException as error:  # noqa: BLE001  # a thread's top frame: it is raised below
             errors.append(error)
 
@@ -129,10 +155,11 @@ def _together(calls: list[Callable[[], Any]], seed: int) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(90)
+        thread.join(deadline_s)
     assert not any(thread.is_alive() for thread in threads), f"seed {seed} does not end"
     if errors:
         raise errors[0]
+    return found
 
 
 class Scripted(Schedule):
@@ -150,7 +177,7 @@ class Scripted(Schedule):
         return ""
 
 
-@pytest.mark.parametrize("kind", ["lost", "silent", "500", "503", "reset", "cut"])
+@pytest.mark.parametrize("kind", ["lost", "closed", "silent", "500", "503", "429", "409", "reset", "cut"])
 def test_an_answer_that_was_lost_is_found_by_reading_back(s3: S3, kind: str) -> None:
     store = s3.store(f"lost-{uuid.uuid4().hex}", policy=HURRIED)
     store.put_if_absent("first", b"1")  # whether the store has conditional puts is known from here on
@@ -167,6 +194,33 @@ def test_an_answer_that_was_lost_is_found_by_reading_back(s3: S3, kind: str) -> 
     store.put("x", [data])
     assert store.read("x", len(data)) == data
     assert _uploads(store) == []
+
+
+def test_an_upload_that_is_gone_was_completed_by_an_earlier_try_or_not_at_all(s3: S3) -> None:
+    store = s3.store(f"gone-{uuid.uuid4().hex}", policy=HURRIED)
+    data = random.Random(1).randbytes(3 * PART_BYTES)
+    s3.proxy.use(Scripted(("POST", ""), ("POST", "lost"), ("POST", "gone")))
+    store.put("x", [data])
+    assert store.read("x", len(data)) == data
+    s3.proxy.use(Scripted(("POST", ""), ("POST", "gone")))
+    with pytest.raises(CkptdError, match="NoSuchUpload"):
+        store.put("x", [data])  # what lies there is another put's
+    assert _uploads(store) == []
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent", "500", "503", "429", "reset", "cut"])
+def test_what_is_asked_again_is_answered_right(s3: S3, kind: str) -> None:
+    store = s3.store(f"again-{uuid.uuid4().hex}", policy=HURRIED)
+    store.put("x", [b"right"])
+    asked = ("list-type", "GET /tests/", "HEAD", "DELETE")
+    s3.proxy.use(Scripted(*[(what, kind) for what in asked]))
+    assert store.list() == ["x"]
+    assert store.read("x", 5) == b"right"
+    assert store.modified("x") > 0
+    store.delete("x")
+    assert s3.proxy.schedule.script == []  # type: ignore[attr-defined]
+    s3.proxy.use(Schedule())
+    assert store.list() == []
 
 
 def test_a_put_that_fails_or_is_broken_off_leaves_no_upload(s3: S3) -> None:
@@ -214,8 +268,9 @@ def test_more_names_than_a_page(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None
     call = store._calls.call
 
     def in_small_pages(what: str, method: str, **arguments: Any) -> Any:
-        more = {"MaxKeys": 3} if method == "list_objects_v2" else {}
-        return call(what, method, **arguments, **more)
+        if method == "list_objects_v2":
+            arguments["MaxKeys"] = 3
+        return call(what, method, **arguments)
 
     monkeypatch.setattr(store._calls, "call", in_small_pages)
     assert store.list() == [f"n{number:02}" for number in range(11)]
@@ -241,29 +296,29 @@ def test_without_conditional_puts_a_lock_decides(s3: S3, how: str, caplog: pytes
         except AlreadyThere:
             lost.append(number)
 
-    _together([lambda n=n: publish(n) for n in range(3)], 0)
+    _together([functools.partial(publish, n) for n in range(3)], 0)
     assert len(won) == 1 and len(lost) == 2
     assert store.read("n", 3) == b"%d" % won[0]
     assert [found.name for found in store._found() if found.name.startswith(SCRATCH_PREFIX)] == []
 
 
-def test_two_coordinators_with_different_manifests(s3: S3) -> None:
+def test_two_coordinators_publish_one_step_and_the_other_learns_it(s3: S3) -> None:
     store = s3.store(f"two-{uuid.uuid4().hex}")
-    inside = _directory(store, NEW)
-    snapshot.write_parts(inside, IMAGES[NEW])
-    said: list[object] = []
+    inside = _directory(store, 2)
+    snapshot.write_parts(inside, snapshot.described(_images(2)))
+    parts = [Part.read(inside.read(f"{place.object_name(rank)}.part", 1 << 20)) for rank in RANKS]
 
-    def publish(parent: tuple[int, int]) -> None:
-        heading = Heading("job", NEW, world_size=2, parent=parent)
+    def publish(parent: int) -> object:
         try:
-            said.append(snapshot.publish_when_whole(inside, heading, RANKS))
+            return writing.publish(inside, Heading("job", 2, world_size=2, parent=(0, parent)), parts)
         except AlreadyThere as error:
-            said.append(error)
+            return error
 
-    _together([lambda p=p: publish((0, p)) for p in (0, 1)], 0)
-    assert len(said) == 2 and same(_open(store, NEW), IMAGES[NEW])
-    if all(one is True for one in said):  # the second came when the first was done
-        assert snapshot.is_published(inside)
+    said = _together([functools.partial(publish, p) for p in (0, 1)], 0)
+    (won,) = [one for one in said if isinstance(one, Manifest)]
+    assert any(isinstance(one, AlreadyThere) for one in said)
+    found = _open(store, 2)
+    assert found.manifest.write() == won.write() and same(found, _images(2))
 
 
 def _uploads(store: Any) -> list[str]:

@@ -13,6 +13,7 @@ from storagekit import arrays, forge, write_split
 
 from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NotFound
 from ckptd.image import ImagePlan, TensorSpec, Variable, write_variable
+from ckptd.image.manifest import Manifest, StoredLayout, StoredObject, StoredTensor
 from ckptd.layout import placements
 from ckptd.layout.placements import Replicate, Shard
 from ckptd.layout.tiles import Tiles
@@ -181,3 +182,19 @@ def test_checkpoint_closes_and_reads_again(tmp_path: Path) -> None:
         assert isinstance(checkpoint, Checkpoint)
         checkpoint["a"][...]
     assert checkpoint["a"][1:2].tolist() == [0]
+
+
+def test_a_layout_that_places_tensors_on_parts_that_are_not_there_is_refused(tmp_path: Path) -> None:
+    manifest = Manifest(
+        "job",
+        0,
+        1,
+        "consolidated",
+        1,
+        (StoredObject("part", 1, bytes(16), 7),),  # the only one, and not the first
+        (StoredTensor("a", "I32", (4,)),),
+        mesh=(("dp", 1),),
+        layout=StoredLayout("x", "layout x() {\n mesh dp\n a : [4]\n}", {}),
+    )
+    (tmp_path / "manifest.json").write_bytes(manifest.write())
+    refuses(tmp_path)

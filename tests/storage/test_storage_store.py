@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -83,23 +84,111 @@ def test_nothing_is_left_where_the_disk_is_full(tmp_path: Path, monkeypatch: pyt
     def full(descriptor: int, data: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stores.os, "write", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(NoSpace, match="free space"):
         open_store(str(tmp_path)).put("x", [b"1"])
     assert not list(tmp_path.iterdir())
 
 
+class Calls:
+    """The system calls that make files durable, in order: "fsync x", "rename x", "link x"."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[str] = []
+        self.failing = ""  # the call that fails with EIO
+        fsync, replace, link = os.fsync, os.replace, os.link
+        monkeypatch.setattr(
+            os, "fsync", lambda fd: self._do("fsync", Path(f"/proc/self/fd/{fd}").readlink(), fsync, fd)
+        )
+        monkeypatch.setattr(os, "replace", lambda old, new: self._do("rename", new, replace, old, new))
+        monkeypatch.setattr(os, "link", lambda old, new: self._do("link", new, link, old, new))
+
+    def _do(self, name: str, path: Path, call: Callable[..., None], *arguments: object) -> None:
+        shown = "scratch" if path.name.startswith(stores.SCRATCH_PREFIX) else path.name
+        self.made.append(f"{name} {shown}")
+        if self.made[-1] == self.failing:
+            raise OSError(5, "Input/output error")
+        call(*arguments)
+
+
 def test_a_failed_fsync_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls = Calls(monkeypatch)
+    calls.failing = "fsync scratch"
+    store = open_store(str(tmp_path))
+    for put in (lambda: store.put("x", [b"1"]), lambda: store.put_if_absent("x", b"1")):
+        calls.made.clear()
+        with pytest.raises(CkptdError, match="Input/output"):
+            put()
+        assert calls.made[-1] == "fsync scratch" and calls.made.count("fsync scratch") == 1
+        assert not list(tmp_path.iterdir())
 
-    def fails(descriptor: int) -> None:
-        calls.append(descriptor)
-        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(stores.os, "fsync", fails)
+def test_files_and_directories_are_synced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    store = open_store(str(tmp_path)).inside("job").inside("step")
+    store.put("x", [b"1"])
+    above = {f"fsync {path.name}" for path in tmp_path.parents}  # they may be as new as these
+    below = [call for call in calls.made if call not in above]
+    assert below == [f"fsync {tmp_path.name}", "fsync job", "fsync scratch", "rename x", "fsync step"]
+    calls.made.clear()
+    store.put_if_absent("m", b"1")
+    assert calls.made == ["fsync scratch", "link m", "fsync step"]
+    calls.made.clear()
+    with pytest.raises(AlreadyThere):
+        store.put_if_absent("m", b"2")
+    assert calls.made == ["fsync scratch", "link m", "fsync step"]
+    calls.made.clear()
+    store.delete("x")
+    assert calls.made == ["fsync step"]
+
+
+def test_a_directory_that_another_made_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "step").mkdir()
+    calls = Calls(monkeypatch)
+    store = open_store(str(tmp_path)).inside("step")
+    store.put("x", [b"1"])
+    store.put("y", [b"1"])
+    assert calls.made.count(f"fsync {tmp_path.name}") == 1
+    assert calls.made[0] == f"fsync {tmp_path.name}"
+
+
+def test_a_new_directory_whose_fsync_failed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    calls.failing = f"fsync {tmp_path.name}"
+    store = open_store(str(tmp_path)).inside("step")
     with pytest.raises(CkptdError, match="Input/output"):
-        open_store(str(tmp_path)).put("x", [b"1"])
-    assert len(calls) == 1 and not list(tmp_path.iterdir())
+        store.put("x", [b"1"])
+    assert not list(tmp_path.iterdir()) and calls.made == [f"fsync {tmp_path.name}"]
+    calls.failing = ""
+    store.put("x", [b"1"])
+    assert store.read("x", 1) == b"1"
+
+
+def test_what_may_not_be_durable_is_not_called_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    store = open_store(str(tmp_path)).inside("step")
+    store.put("x", [b"1"])
+    calls.failing = "fsync step"
+    with pytest.raises(CkptdError, match="Input/output"):
+        store.put_if_absent("m", b"1")
+    calls.failing = ""
+    calls.made.clear()
+    # A second fsync would succeed, and say nothing: what is there is put anew first, by any object.
+    with pytest.raises(AlreadyThere):
+        open_store(str(tmp_path)).inside("step").put_if_absent("m", b"2")
+    put = ["fsync scratch", "rename m", "fsync step"]
+    assert [call for call in calls.made if call in put or call == "link m"][:5] == [
+        "fsync scratch", "link m", *put,
+    ]  # fmt: skip
+    assert store.read("m", 1) == b"1"
+    calls.made.clear()
+    with pytest.raises(AlreadyThere):
+        store.put_if_absent("m", b"1")
+    assert "rename m" not in calls.made
 
 
 def test_a_link_in_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
@@ -179,13 +268,15 @@ def test_the_catalog_lists_what_has_a_manifest(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CKPTD_STORE", str(tmp_path))
     for step, generation in ((5, 0), (5, 1), (9, 0), (12, 0)):
         directory = tmp_path / "job" / place.directory_name(step, generation)
-        write_split(directory, arrays(step), (1,), (Shard(0),), publish=step != 12, step=step)
+        parts = write_split(directory, arrays(step), (1,), (Shard(0),), publish=False, step=step)
+        if step != 12:
+            writing.publish(open_store(str(directory)), writing.Heading("job", step, generation), parts)
     (tmp_path / "job" / "step-junk").mkdir()
     found = catalog.entries(str(tmp_path), "job")
     assert [(e.step, e.generation) for e in found] == [(5, 0), (5, 1), (9, 0)]
     assert open_checkpoint("ckptd://job/step-5").store.url.endswith("step-00000005.g00001")
     assert open_checkpoint("ckptd://job/step-5.g0").store.url.endswith("step-00000005.g00000")
-    assert open_checkpoint("ckptd://job/latest").manifest.step == 9
+    assert open_checkpoint("ckptd://job/latest").store.url.endswith("step-00000005.g00001")  # newest line
     with pytest.raises(NotFound, match="step 12"):
         open_checkpoint("ckptd://job/step-12")
     # The newest line counts first; what cannot be used is passed over, and named.
