@@ -19,7 +19,7 @@ from ckptd.coordinator.shell import Shell, Stream
 from ckptd.errors import CkptdError, InvalidRequest, NotFound, ProtocolMismatch
 from ckptd.image.names import check_name
 from ckptd.rpc import make_server
-from ckptd.storage.snapshot import newest_generation
+from ckptd.storage.snapshot import generations
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc
 
 log = logging.getLogger("ckptd.coordinator")
@@ -150,11 +150,29 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
                     "header and specification name different jobs",
                     f"found {request.header.job!a} and {request.spec.job!a}",
                 )
-            stored = await asyncio.to_thread(newest_generation, self._store, request.spec.job)
-            created = self._shell.submit(wire.spec_from(request.spec), stored)
+            stored = await asyncio.to_thread(generations, self._store, request.spec.job)
+            self._check_rolled_back(request.spec.job, stored.start)
+            created = self._shell.submit(wire.spec_from(request.spec), stored.newest)
             return coordinator_pb2.SubmitReply(created=created)
         except CkptdError as error:
             await _refuse(context, error)
+
+    def _check_rolled_back(self, job: str, start: int) -> None:
+        """Memory goes before storage, so none may be left from before a rollback.
+
+        Raises:
+            InvalidRequest: some node holds a state of an older generation.
+        """
+        known = {name: node.facts(job) for name, node in self._shell.state.nodes.items()}
+        nodes = sorted(
+            n for n, facts in known.items() if facts and facts.holdings and facts.generation < start
+        )
+        if nodes:
+            raise InvalidRequest(
+                f"job {job} was rolled back, and nodes still hold what it left",
+                f"generation {start} begins with the rollback; older states are on {', '.join(nodes)}",
+                f"ckptd forget {job} on each of them, then submit it again",
+            )
 
     async def Status(
         self, request: coordinator_pb2.StatusRequest, context: grpc.aio.ServicerContext

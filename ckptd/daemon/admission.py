@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from ckptd.daemon.authority import lone_roster
@@ -13,6 +14,8 @@ from ckptd.erasure.groups import MAX_PARITY
 from ckptd.errors import InvalidRequest, RankTaken
 from ckptd.storage import snapshot
 from ckptd.v1 import common_pb2, coordinator_pb2, local_pb2
+
+log = logging.getLogger("ckptd.daemon")
 
 _MAX_LOCAL_RANKS = 1024
 _MAX_SLOTS = 64
@@ -28,9 +31,7 @@ async def admit(
     """
     _check_hello(hello)
     await _hand_over(node, header.job, link, hello)
-    stored = 0
-    if node.standalone and header.job not in node.jobs:
-        stored = await asyncio.to_thread(snapshot.newest_generation, node.settings.store_url(), header.job)
+    stored = await _stored(node, header.job)
     job = _job_for(node, link, header, hello)
     job.stored_generation = max(stored, job.stored_generation)
     if node.standalone and not hello.reconnect:
@@ -49,6 +50,22 @@ async def admit(
         trainer.step, trainer.held = known.step, known.held
     node.entered(job, trainer)
     return job, trainer
+
+
+async def _stored(node: Node, name: str) -> int:
+    """The newest generation in the store, where this node gives the generations.
+
+    Memory from before a rollback is freed: the job goes on from where it was rolled back to.
+    """
+    known = node.jobs.get(name)
+    if not node.standalone or (known is not None and known.living()):
+        return 0
+    found = await asyncio.to_thread(snapshot.generations, node.settings.store_url(), name)
+    known = node.jobs.get(name)  # it may have come, or begun, meanwhile
+    if known is not None and not known.living() and known.generation < found.start:
+        log.warning("job %s was rolled back: its memory of generation %d is freed", name, known.generation)
+        node.forget(name)
+    return found.newest
 
 
 def _job_for(node: Node, link: FrameLink, header: common_pb2.Header, hello: local_pb2.Hello) -> Job:

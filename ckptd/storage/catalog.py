@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from ckptd.errors import (
     CkptdError,
@@ -129,13 +129,30 @@ def start_name(generation: int) -> str:
     return f"g{generation:05}.json"
 
 
-def newest_generation(store: str, job: str) -> int:
-    """Returns the greatest generation of a checkpoint, of a beginning of one, or of a start; 0 for none."""
+class Generations(NamedTuple):
+    """What a store says of a job's generations; 0 for none.
+
+    Attributes:
+        newest: the greatest one of a checkpoint, of a beginning of one, or of a start; none of these may be
+            used again.
+        start: the greatest one that begins with a rollback; the state of older ones is not to go on from.
+    """
+
+    newest: int = 0
+    start: int = 0
+
+
+def generations(store: str, job: str) -> Generations:
+    """Returns the generations that a job used."""
     root = job_store(store, job)
-    named = [place.parse_directory(name) for name in root.list()]
-    started = [_START.fullmatch(name) for name in root.inside(STARTS).list()]
-    both = [*(each[1] for each in named if each), *(int(each[1]) for each in started if each)]
-    return max(both, default=0)
+    named = [each[1] for each in map(place.parse_directory, root.list()) if each]
+    started = [int(each[1]) for each in map(_START.fullmatch, root.inside(STARTS).list()) if each]
+    return Generations(max([*named, *started], default=0), max(started, default=0))
+
+
+def newest_generation(store: str, job: str) -> int:
+    """Returns the greatest generation that a job used; 0 for none."""
+    return generations(store, job).newest
 
 
 def _starts(root: Store) -> tuple[list[Start], dict[int, str]]:

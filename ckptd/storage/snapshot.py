@@ -141,17 +141,17 @@ def publish_when_whole(store: Store, heading: Heading, ranks: Sequence[int]) -> 
     return True
 
 
-def newest_generation(store: str, job: str) -> int:
-    """The greatest generation of this job's checkpoints and rollbacks, which none may use again; 0 for none.
+def generations(store: str, job: str) -> catalog.Generations:
+    """Returns the generations that a job's checkpoints and rollbacks used.
 
     A store that cannot be looked at must not keep a job from training: then a collision is noticed when a
     snapshot is written.
     """
     try:
-        return catalog.newest_generation(store, job)
+        return catalog.generations(store, job)
     except CkptdError as error:
         log.warning("the checkpoints of job %s cannot be looked at: %s", job, error)
-        return 0
+        return catalog.Generations()
 
 
 def parent_of(

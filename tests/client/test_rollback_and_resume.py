@@ -16,7 +16,7 @@ from ckptd import errors
 from ckptd.cli.main import app
 from ckptd.client.report import ResumeReport
 from ckptd.client.run import Run
-from ckptd.storage import catalog, marks
+from ckptd.storage import catalog, marks, rollback
 from ckptd.storage.store import LocalStore
 
 FILE = "rank-00000.safetensors"
@@ -158,3 +158,27 @@ def test_blocks_come_back_from_a_daemons_memory(store: Path) -> None:
     lose_memory()
     flip(store, catalog.Entry(2, 1))
     assert len(ckptd_json("verify", "life", "--repair", code=3)["lost"]) == 1, "it was the only copy"
+
+
+def test_memory_from_before_a_rollback_is_not_resumed_from(store: Path) -> None:
+    trainee = scheduled(5)
+    run = ckptd.attach("life", max_lag=1, **trainee.objects)
+    run.resume()
+    saved(trainee, run, 0, [2])
+    train(trainee, run, 2, 4)
+    run.save()
+    run.close(park=True)
+    made = rollback.plan(str(store), "life", 2, "loss spike", 0.0)
+    rollback.execute(made)  # on a machine that knows nothing of this node's memory
+    revived = scheduled(99)
+    with ckptd.attach("life", max_lag=1, **revived.objects) as run:
+        report = run.resume()
+        assert (report.step, report.rung) == (2, "storage")
+        assert run.generation > made.start.generation
+        assert_same(control(2), state_of(revived))
+        train(revived, run, 2, 3)
+        run.save()
+        run.close(park=True)
+    again = scheduled(98)
+    with ckptd.attach("life", max_lag=1, **again.objects) as run:
+        assert (run.resume().step, run.generation) == (3, made.start.generation + 2), "memory of the new line"

@@ -115,7 +115,11 @@ def test_a_failed_fsync_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.M
     calls = Calls(monkeypatch)
     calls.failing = "fsync scratch"
     store = open_store(str(tmp_path))
-    for put in (lambda: store.put("x", [b"1"]), lambda: store.put_if_absent("x", b"1")):
+    puts: list[Callable[[], object]] = [
+        lambda: store.put("x", [b"1"]),
+        lambda: store.put_if_absent("x", b"1"),
+    ]
+    for put in puts:
         calls.made.clear()
         with pytest.raises(CkptdError, match="Input/output"):
             put()
