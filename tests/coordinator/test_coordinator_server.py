@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,6 +26,8 @@ from ckptd.coordinator.probe import probe
 from ckptd.coordinator.server import serve
 from ckptd.coordinator.settings import CoordinatorSettings
 from ckptd.errors import InvalidRequest, Unreachable
+from ckptd.storage import catalog
+from ckptd.storage.lines import Start
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc
 
 Stub = coordinator_pb2_grpc.CoordinatorStub
@@ -40,7 +43,7 @@ def submission(**changes: int) -> coordinator_pb2.SubmitRequest:
 
 
 @asynccontextmanager
-async def running(tmp_path: Path, **options: float) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
+async def running(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
     """A coordinator in this process, and a channel to it."""
     settings = CoordinatorSettings(
         listen="127.0.0.1:0", journal=tmp_path / "journal.sqlite", settle_s=0.1, **options
@@ -141,6 +144,41 @@ def test_submitting_is_idempotent_and_another_specification_is_refused(tmp_path:
             status = await stub.Status(coordinator_pb2.StatusRequest(header=HEADER), timeout=2)
             assert [job.spec for job in status.jobs] == [SPEC]
             assert status.jobs[0].phase == "forming"
+
+    asyncio.run(story())
+
+
+def test_a_job_that_was_rolled_back_does_not_go_on_from_older_memory(tmp_path: Path) -> None:
+    async def story() -> None:
+        store = str(tmp_path / "store")
+        begun = catalog.job_store(store, "llama").inside(catalog.STARTS)
+        start = Start(5, (1, 3), "loss spike", 0)
+        begun.put_if_absent(catalog.start_name(5), start.write("llama"))
+        async with running(tmp_path, store=store) as (channel, _):
+            daemon, stub = Daemon(channel, "n0"), Stub(channel)
+            held = coordinator_pb2.Holding(generation=2, step=4, sealed=True)
+            daemon.jobs = [coordinator_pb2.JobReport(job="llama", generation=2, holdings=[held])]
+            await daemon.report()
+
+            everything = coordinator_pb2.StatusRequest(header=common_pb2.Header(timeout_ms=1000))
+
+            async def is_known() -> bool:
+                return len((await stub.Status(everything, timeout=2)).nodes) > 0
+
+            await until(is_known)
+            details = await refused(stub.Submit(submission(), timeout=2), grpc.StatusCode.INVALID_ARGUMENT)
+            assert "rolled back" in details and "n0" in details and "ckptd forget llama" in details
+            daemon.jobs = []
+            await daemon.report()
+
+            async def is_forgotten() -> bool:
+                try:
+                    return (await stub.Submit(submission(), timeout=2)).created
+                except grpc.aio.AioRpcError:
+                    return False
+
+            await until(is_forgotten)
+            daemon.call.cancel()
 
     asyncio.run(story())
 

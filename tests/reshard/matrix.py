@@ -38,7 +38,8 @@ import ckptd.client.saving
 
 CUT, MORE = 3, 3  # steps before and after the checkpoint
 SEED = 1
-TOLERANCE = 1e-3  # of losses, relative, where sums are taken in another order, some of them in bf16
+# Of losses, relative, where sums are taken in another order, some of them in bf16: six times what was found.
+TOLERANCE = 4e-4
 _PR_SET_PDEATHSIG = 1
 _BIG = (2050, 20480)  # int32: 160 MiB, rows of 80 KiB
 _MESSAGE_BYTES = 1 << 18

@@ -27,7 +27,7 @@ from crash_states import Disk, Tree
 from failing_calls import KINDS, Event, Fault, FileCalls, Killed, faults, tree
 
 from ckptd.errors import CkptdError, NoSpace
-from ckptd.storage import catalog
+from ckptd.storage import catalog, snapshot
 from ckptd.storage.retention import Done
 from ckptd.storage.store import SCRATCH_PREFIX
 
@@ -195,6 +195,26 @@ def test_the_model_of_the_disk_sees_what_the_real_one_holds(bases: dict[str, Bas
             disk.apply(event)
         assert disk.seen() == tree(tmp_path / "work"), script.name
         check_durable(disk, script, outcome, script.name)
+
+
+@pytest.mark.parametrize("kind", ["kill", "fsync"])
+def test_who_finds_a_checkpoint_may_rely_on_it(kind: str, bases: dict[str, Base], tmp_path: Path) -> None:
+    """The publisher dies, or fails, before the manifest's name is synced; another node then sees it."""
+    script = SCRIPTS[0]
+    base = bases[script.name]
+    url = fresh(base.root, tmp_path / "work")
+    disk = Disk(base.content, str(tmp_path / "work"))
+    linked = next(number for number, event in enumerate(base.clean) if event.name == "link")
+    sync = next(n for n, event in enumerate(base.clean) if n > linked and event.name == "fsync")
+    first = FileCalls(tmp_path / "work", Fault(kind, sync, forever=True))
+    with suppress(Killed, CkptdError), first:
+        script.run(url)
+    with FileCalls(tmp_path / "work") as second:
+        assert snapshot.is_published(snapshot.directory_of(url, JOB, 40, 1))
+    for event in (*first.events, *second.events):
+        disk.apply(event)
+    assert first.hit
+    check_durable(disk, script, None, kind)
 
 
 # What each replaced function is to the system: the names that strace gives the calls.

@@ -118,6 +118,7 @@ def _coordinator(store: Store, step: int) -> bool:
 def _read(store: Store, step: int, seed: int) -> None:
     """Reads a step: its digests are the manifest's, and its bytes those that were sealed."""
     checkpoint = _open(store, step)
+    assert checkpoint.verify() == [], f"seed {seed}: step {step} is called damaged"
     for rank, sealed_image in enumerate(_images(step)):
         with checkpoint.open(rank) as reader:
             found = bytearray(reader.size)
