@@ -1,18 +1,20 @@
-"""Blocks of a stored checkpoint that daemons still hold in memory, found by their digests.
+"""What daemons still hold in memory of the snapshot that a stored checkpoint was made from.
 
-A checkpoint that a job flushed is, byte for byte, the images of a snapshot; while that snapshot is in memory,
-its cells are the blocks of the files.  A node that is gone is no hindrance: parity gives its cells, too.
+The files that a job flushed are, byte for byte, the images of a snapshot, or shares of their arrays; while
+that snapshot is in memory, its cells are the blocks of the files, or have the bytes of the arrays.  A node
+that is gone is no hindrance: parity gives its cells, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ckptd.cli import local
-from ckptd.errors import CkptdError, CorruptImage, Unreachable
+from ckptd.errors import CkptdError, CorruptImage, NotFound, Unreachable
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests
 from ckptd.memory.bulk import Connection
 from ckptd.memory.holding import node_bytes, node_digests
@@ -22,6 +24,7 @@ from ckptd.v1 import bulk_pb2, common_pb2, coordinator_pb2, daemon_pb2
 
 _SENDER: Final = "operator"
 _TIMEOUT_S: Final = 10.0
+_KEPT_CELLS: Final = 256  # small arrays share a cell, which is not fetched for each of them
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class _Group:
 
 
 class LiveMemory:
-    """Gives blocks by digest (`ckptd.storage.repair.Source`); what it gives is verified."""
+    """A `ckptd.storage.remembered.Source`: what it gives is verified."""
 
     def __init__(self, job: str, snapshot: Key, generation: int, groups: Sequence[_Group]) -> None:
         header = common_pb2.Header(job=job, generation=generation, timeout_ms=int(_TIMEOUT_S * 1000))
         self._connections: dict[str, Connection] = {}
         self._cells: dict[bytes, tuple[Rebuild, int]] = {}  # digest -> (whose image, which cell of it)
+        self._images: dict[int, tuple[int, bytes]] = {}  # rank -> (length of its image, digests of its cells)
+        self._cell = functools.lru_cache(_KEPT_CELLS)(self._verified)
         for group in groups:
             seals: dict[str, bulk_pb2.SealRecord] = {}
             for position in group.members:
@@ -48,13 +53,49 @@ class LiveMemory:
                     header, _SENDER, snapshot, position, group.members, group.parity, group.sources,
                     _TIMEOUT_S, seals,
                 )  # fmt: skip
-                digests = node_digests(rebuild.fetch_seals())
+                seal = rebuild.fetch_seals()
+                self._images.update((each.rank, (each.image_bytes, each.cell_digests)) for each in seal.ranks)
+                digests = node_digests(seal)
                 for cell in range(len(digests) // DIGEST_BYTES):
                     digest = digests[cell * DIGEST_BYTES : (cell + 1) * DIGEST_BYTES]
                     self._cells.setdefault(digest, (rebuild, cell))
 
-    def __call__(self, digest: bytes, length: int) -> bytes | None:
-        """Returns the block with this digest, None where nobody has it any more."""
+    def by_digest(self, digest: bytes, length: int) -> bytes | None:
+        """Returns the first bytes of the cell with this digest, None where nobody has it any more."""
+        data = self._cell(digest)
+        return None if data is None else data[:length]
+
+    def image_size(self, rank: int) -> int:
+        """Returns the length of a rank's image in bytes.
+
+        Raises:
+            NotFound: no node of the snapshot has this rank.
+        """
+        return self._image(rank)[0]
+
+    def image_bytes(self, rank: int, begin: int, end: int) -> bytes:
+        """Returns the bytes begin .. end - 1 of a rank's image.
+
+        Raises:
+            NotFound: nobody has them all any more.
+        """
+        size, digests = self._image(rank)
+        assert 0 <= begin <= end <= size
+        found = bytearray()
+        first = begin // CELL_BYTES
+        for cell in range(first, -(-end // CELL_BYTES)):
+            data = self._cell(digests[cell * DIGEST_BYTES : (cell + 1) * DIGEST_BYTES])
+            if data is None:
+                raise NotFound(f"cell {cell} of rank {rank}'s image is in nobody's memory any more")
+            found += data
+        return bytes(found[begin - first * CELL_BYTES : end - first * CELL_BYTES])
+
+    def _image(self, rank: int) -> tuple[int, bytes]:
+        if rank not in self._images:
+            raise NotFound(f"the image of rank {rank} is in nobody's memory")
+        return self._images[rank]
+
+    def _verified(self, digest: bytes) -> bytes | None:
         found = self._cells.get(digest)
         if found is None:
             return None
@@ -63,7 +104,7 @@ class LiveMemory:
             with contextlib.suppress(CkptdError):  # reused since, unreachable, or damaged there too
                 data = give(self._connections, rebuild, cell)
                 if data is not None and cell_digests(data) == digest:
-                    return bytes(data[:length])
+                    return bytes(data)
         return None
 
     def close(self) -> None:

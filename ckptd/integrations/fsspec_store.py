@@ -265,14 +265,14 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         assert wanted is not None and wanted.step is not None
         with self._lock:
             if where.directory not in self._drafts:
-                entries = catalog.entries(self._store, wanted.job)
+                known = catalog.keyed_lines(self._store, wanted.job)
                 generation = wanted.generation
                 if generation is None:
-                    generation = generation_for(entries, wanted.step)
+                    generation = generation_for(known, wanted.step)
                 entry = catalog.Entry(wanted.step, generation)
-                if entry in entries:
+                if catalog.key_of(entry) in known.parents:
                     raise AlreadyThere(f"a checkpoint is at {where.directory}", "files are written once")
-                parent = parent_in(entries, wanted.step, generation)
+                parent = parent_in(known, wanted.step, generation)
                 store = catalog.job_store(self._store, wanted.job).inside(entry.directory)
                 self._drafts[where.directory] = _Draft(store, wanted.job, wanted.step, generation, parent)
             return self._drafts[where.directory]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from ckptd.storage.catalog import Entry
+from ckptd.storage.lines import Key, Lines
 
 
-def generation_for(entries: Iterable[Entry], step: int) -> int:
-    """Returns the generation in which step `step` of a job is saved, given the job's checkpoints.
+def generation_for(known: Lines, step: int) -> int:
+    """Returns the generation in which step `step` of a job is saved, given the job's lines.
 
-    It is the newest one; or, where that is at this step or beyond, the next: going back starts a new line, in
-    which steps grow again.  All processes that write one checkpoint find the same, since it is not there
-    before all of them have written.
+    It is the newest one, which may begin with a rollback; or, where that is at this step or beyond, the next:
+    going back starts a new line, in which steps grow again.  All processes that write one checkpoint find the
+    same, since it is not there before all of them have written.
     """
-    known = list(entries)
-    newest = max((entry.generation for entry in known), default=0)
-    return newest + any(entry.generation == newest and entry.step >= step for entry in known)
+    tip, newest = known.tip, known.generation
+    return newest + (tip is not None and tip[0] == newest and tip[1] >= step)
 
 
-def parent_in(entries: Iterable[Entry], step: int, generation: int) -> tuple[int, int] | None:
-    """Returns (generation, step) of the checkpoint before `step` in its line; None where there is none."""
-    before = [entry.step for entry in entries if entry.generation == generation and entry.step < step]
-    return (generation, max(before)) if before else None
+def parent_in(known: Lines, step: int, generation: int) -> Key | None:
+    """Returns (generation, step) of the checkpoint before `step` in its line; None where none is known."""
+    return known.at_most((generation, step - 1)) if generation <= known.generation else None

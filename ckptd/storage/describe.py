@@ -7,6 +7,7 @@ of those that are shards (`ckptd.client.state`).  A tensor without a form is who
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -29,21 +30,15 @@ def tensors_of_image(image: memoryview) -> list[LocalTensor]:
         CorruptCheckpoint: what it says of its own tensors does not fit them.
     """
     plan = ImagePlan.parse(image)
-    if STATIC_NAME in plan.spec_of:
-        static = _static(decode(plan.tensor(image, STATIC_NAME)))
-    else:
-        static = ({}, {})
-    aliases, forms = static
+    aliases, forms = _static(plan, lambda array: plan.tensor(image, array))
     digests = {
         spec.name: xxh3_128_digest(plan.tensor(image, spec.name))
         for spec in plan.tensors
         if spec.name != STATIC_NAME
     }
     found = []
-    for name, array in [*((name, name) for name in digests), *aliases.items()]:
-        spec = plan.spec_of.get(array)
-        if spec is None:
-            raise _wrong(f"{name!a} is another name of {array!a}, which it lacks")
+    for name, array in _named(plan, aliases):
+        spec = plan.spec_of[array]
         if name in forms:
             local = _shard(name, spec.dtype, spec.shape, array, forms[name], digests[array])
         else:
@@ -52,7 +47,32 @@ def tensors_of_image(image: memoryview) -> list[LocalTensor]:
     return found
 
 
-def _static(tree: object) -> tuple[dict[str, str], dict[str, Any]]:
+def names_of_image(plan: ImagePlan, load: Callable[[str], bytes | memoryview]) -> list[tuple[str, str]]:
+    """Returns name and array of the tensors that `tensors_of_image` returns, in that order.
+
+    Args:
+        load: gives an array's bytes; called for `STATIC_NAME` alone.
+
+    Raises:
+        CorruptCheckpoint: what the image says of its own tensors does not fit them.
+    """
+    return _named(plan, _static(plan, load)[0])
+
+
+def _named(plan: ImagePlan, aliases: Mapping[str, str]) -> list[tuple[str, str]]:
+    for name, array in aliases.items():
+        if array not in plan.spec_of:
+            raise _wrong(f"{name!a} is another name of {array!a}, which it lacks")
+    own = [(spec.name, spec.name) for spec in plan.tensors if spec.name != STATIC_NAME]
+    return [*own, *aliases.items()]
+
+
+def _static(
+    plan: ImagePlan, load: Callable[[str], bytes | memoryview]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    if STATIC_NAME not in plan.spec_of:
+        return {}, {}
+    tree = decode(load(STATIC_NAME))
     aliases = tree.get("aliases") if isinstance(tree, dict) else None
     forms = tree.get("forms") if isinstance(tree, dict) else None
     if not isinstance(aliases, dict) or not isinstance(forms, dict):

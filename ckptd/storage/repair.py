@@ -8,7 +8,8 @@ A block may come back in three ways, and whatever comes is compared with the blo
 guess does no harm:
   - another block with the same digest: what ranks hold alike lies in several files;
   - other covers of the tensors in it: replicas whose blocks are cut elsewhere;
-  - a `Source` of the caller's, asked by digest: a peer's memory that still has this snapshot's cells.
+  - a `Source` of the caller's, a peer's memory that still has this snapshot: cells with the same digest, or
+    the arrays in it, where the file holds only a share of its rank's.
 
 What comes back in none of them is named: file, rank, bytes, tensors.
 """
@@ -16,7 +17,7 @@ What comes back in none of them is named: file, rank, bytes, tensors.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -25,12 +26,13 @@ from ckptd.image import ImagePlan, header
 from ckptd.image.digest import DIGEST_BYTES, cell_digests, digest_of_digests
 from ckptd.image.digest_table import BLOCK_BYTES, TABLE_SUFFIX, read_table, write_table
 from ckptd.storage.fetch import read_verified
+from ckptd.storage.local_store import LocalStore
 from ckptd.storage.reading import Checkpoint
+from ckptd.storage.remembered import Remembered, RememberedFile, Source
 from ckptd.storage.replicas import Arrays, Replicas, arrays_of
-from ckptd.storage.store import LocalStore, Reader
+from ckptd.storage.store import Reader
 from ckptd.storage.transfer import Damage
 
-Source = Callable[[bytes, int], "bytes | None"]  # (digest, bytes of the block) -> the block, if it has it
 _ASIDE = ".repaired"
 
 
@@ -176,10 +178,12 @@ def _rebuild(
         length = min(BLOCK_BYTES, nbytes - block * BLOCK_BYTES)
         found = _equal(checkpoint, where.get(digest, []), length, digests)
         if found is None and source is not None:
-            found = source(digest, length)
+            found = source.by_digest(digest, length)
         _take(made, block, found, own)
     if made.lost:
         with _Old(checkpoint, made.index) as old:
+            if source is not None:
+                _from_memory(checkpoint, made, old, own, source)
             layout = _plan_of(made, old)
             replicas = None if layout is None else Replicas(checkpoint, made.index, layout)
             for block in list(made.lost):
@@ -187,6 +191,21 @@ def _rebuild(
                     break
                 known = old.block(block).ljust(old.length(block), b"\0")
                 _take(made, block, replicas.block(block, known), own)
+
+
+def _from_memory(checkpoint: Checkpoint, made: FilePlan, old: _Old, own: bytes, source: Source) -> None:
+    """Moves the blocks that a rank's image in memory has the arrays of; the head may be among them."""
+    memory = Remembered.find(source, checkpoint.manifest.objects[made.index].rank)
+    if memory is None:
+        return
+    layout = _plan_of(made, old) or memory.layout(checkpoint.store)
+    if layout is None or layout.image_bytes != old.nbytes:
+        return
+    with contextlib.suppress(NotFound):
+        file = RememberedFile(memory, layout)
+        for block in list(made.lost):
+            begin = block * BLOCK_BYTES
+            _take(made, block, file.block(begin, begin + old.length(block)), own)
 
 
 def _take(made: FilePlan, block: int, found: bytes | None, digests: bytes) -> None:

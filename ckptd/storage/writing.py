@@ -162,15 +162,39 @@ def write_arrays(
         ValueError: an array's bytes are not as long as its dtype and shape say.
         NoSpace, CkptdError: as the store says.
     """
-    dtype_of = {tensor.array: tensor.dtype for tensor in tensors}
-    specs = [TensorSpec(array, dtype, shape_of(array)) for array, dtype in dtype_of.items()]
-    plan = ImagePlan.build(specs, objects_capacity=len(head.objects))
+    plan = share_plan(head, tensors, shape_of)
     name = place.object_name(head.rank)
     stream = Digesting(_paced(_pieces(plan, head, load), spend))
     packed = _put(store, name, stream, plan if compress else None)
     digests, nbytes = stream.digests(), stream.nbytes
     store.put(name + TABLE_SUFFIX, [write_table(nbytes, digests)])
     return Part(head.rank, name, nbytes, digest_of_digests(digests), tuple(tensors), packed)
+
+
+def share_plan(
+    head: Variable, tensors: Sequence[LocalTensor], shape_of: Callable[[str], tuple[int, ...]]
+) -> ImagePlan:
+    """Returns how `write_arrays` lays out a file of these tensors' arrays.
+
+    Raises:
+        ValueError: as `ImagePlan.build`.
+    """
+    dtype_of = {tensor.array: tensor.dtype for tensor in tensors}
+    specs = [TensorSpec(array, dtype, shape_of(array)) for array, dtype in dtype_of.items()]
+    return ImagePlan.build(specs, objects_capacity=len(head.objects))
+
+
+def variable_bytes(plan: ImagePlan, head: Variable) -> bytes:
+    """Returns the variable tensor of a file of this plan, which is its end.
+
+    Raises:
+        Outgrown: the objects of `head` do not fit the plan.
+    """
+    # As in an image that holds nothing else.
+    bare = ImagePlan.build([], objects_capacity=plan.objects_capacity)
+    image = memoryview(bytearray(bare.image_bytes))
+    write_variable(bare, image, head)
+    return bytes(image[bare.variable_offset :])
 
 
 def empty_objects() -> bytes:
@@ -328,8 +352,4 @@ def _pieces(plan: ImagePlan, head: Variable, load: Callable[[str], Buffer]) -> I
         at = offset + spec.nbytes
     if plan.variable_offset > at:
         yield bytes(plan.variable_offset - at)
-    # The variable tensor is written as in an image that holds nothing else.
-    bare = ImagePlan.build([], objects_capacity=plan.objects_capacity)
-    image = memoryview(bytearray(bare.image_bytes))
-    write_variable(bare, image, head)
-    yield image[bare.variable_offset :]
+    yield variable_bytes(plan, head)

@@ -18,8 +18,8 @@ from ckptd.errors import CkptdError
 from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.storage import catalog, writing
 from ckptd.storage.lines import Key
+from ckptd.storage.local_store import LocalStore
 from ckptd.storage.parts import LocalTensor
-from ckptd.storage.store import LocalStore
 
 FILE = "rank-00000.safetensors"
 COMMANDS = ["ls", "show", "verify", "pin", "unpin", "prune", "rollback"]

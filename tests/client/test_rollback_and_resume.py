@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_durable import control, lose_memory, scheduled, train
-from trainees import Trainee, assert_same, state_of
+import torch
+from test_durable import control, lose_memory, scheduled, together, train
+from trainees import Trainee, assert_same, batch, plain, seed_all, state_of
 from typer.testing import CliRunner
 
 import ckptd
@@ -17,7 +19,7 @@ from ckptd.cli.main import app
 from ckptd.client.report import ResumeReport
 from ckptd.client.run import Run
 from ckptd.storage import catalog, marks, rollback
-from ckptd.storage.store import LocalStore
+from ckptd.storage.local_store import LocalStore
 
 FILE = "rank-00000.safetensors"
 
@@ -158,6 +160,48 @@ def test_blocks_come_back_from_a_daemons_memory(store: Path) -> None:
     lose_memory()
     flip(store, catalog.Entry(2, 1))
     assert len(ckptd_json("verify", "life", "--repair", code=3)["lost"]) == 1, "it was the only copy"
+
+
+def test_shares_come_back_from_a_daemons_memory(store: Path) -> None:
+    """Two ranks hold the same and write it once: no block of a file is a cell of an image."""
+
+    def rank_of(rank: int) -> None:
+        seed_all(5)
+        model = torch.nn.Linear(300, 400)
+        optimizer = torch.optim.AdamW(model.parameters())
+        options = {"rank": rank, "world_size": 2, "local_world_size": 2, "max_lag": 1}
+        run = ckptd.attach("life", **options, model=model, optimizer=optimizer)
+        run.resume()
+        for step in range(2):
+            optimizer.zero_grad()
+            model(batch(step, features=300)).pow(2).mean().backward()
+            optimizer.step()
+            run.step()
+        assert run.save(wait="durable")
+        run.close(park=True)
+
+    ckptd.attach("first", **plain().objects).close()  # the daemon is this process's to end
+    together([functools.partial(rank_of, rank) for rank in range(2)])
+    stored = store / "life" / "step-00000002.g00001"
+    files = [stored / f"rank-0000{rank}.safetensors" for rank in range(2)]
+    before = [file.read_bytes() for file in files]
+    assert sum(map(len, before)) < 1.5 * 3 * 4 * 400 * 301, "each has a share"
+    last = [-(-len(data) // 65536) - 1 for data in before]
+    damage = [{last[0] // 2, last[0]}, {0, 1, last[1]}]
+    for file, data, blocks in zip(files, before, damage, strict=True):
+        damaged = bytearray(data)
+        for block in blocks:
+            damaged[block * 65536 + 300] ^= 1
+        file.write_bytes(damaged)
+    assert ckptd_json("verify", "life", "--repair")["repaired"]["blocks"] == 5
+    assert [file.read_bytes() for file in files] == before
+    files[1].unlink()
+    assert ckptd_json("verify", "life", "--repair")["lost"] == []
+    assert [file.read_bytes() for file in files] == before
+    lose_memory()
+    files[1].unlink()
+    (lost,) = ckptd_json("verify", "life", "--repair", code=3)["lost"]
+    assert (lost["object"], lost["begin"], lost["end"]) == (files[1].name, 0, len(before[1]))
 
 
 def test_memory_from_before_a_rollback_is_not_resumed_from(store: Path) -> None:

@@ -38,7 +38,7 @@ from ckptd.image.manifest import Manifest
 from ckptd.integrations.fsspec_store import CkptdFileSystem
 from ckptd.storage import catalog, compression, marks
 from ckptd.storage.lines import Start
-from ckptd.storage.store import LocalStore
+from ckptd.storage.local_store import LocalStore
 
 HERE = Path(__file__).parent
 STEPS = 3

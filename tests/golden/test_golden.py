@@ -24,7 +24,7 @@ from ckptd.integrations.fsspec_store import CkptdFileSystem
 from ckptd.layout.fingerprint import fingerprint
 from ckptd.storage import marks
 from ckptd.storage.lines import Start
-from ckptd.storage.store import LocalStore
+from ckptd.storage.local_store import LocalStore
 
 HERE = Path(__file__).parent
 LIMIT_BYTES = 320 << 10

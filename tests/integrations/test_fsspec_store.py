@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NoSpace
 from ckptd.image.manifest import Manifest
 from ckptd.integrations.dcp import Reader, Writer
 from ckptd.integrations.fsspec_store import CkptdFileSystem
-from ckptd.integrations.lines import generation_for
+from ckptd.integrations.lines import generation_for, parent_in
 from ckptd.integrations.streams import WrittenFile
 from ckptd.storage import catalog
-from ckptd.storage.store import LocalStore
+from ckptd.storage.lines import Key, Lines, Start
+from ckptd.storage.local_store import LocalStore
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +94,18 @@ def test_saving_a_step_again_starts_a_new_line() -> None:
 
 
 def test_the_generation_of_a_new_file() -> None:
-    entry = catalog.Entry
-    assert generation_for([], 4) == 0
-    assert generation_for([entry(3, 0)], 4) == 0
-    assert generation_for([entry(3, 0), entry(9, 0)], 4) == 1
-    assert generation_for([entry(9, 0), entry(4, 1)], 8) == 1
-    assert generation_for([entry(9, 0), entry(4, 1)], 4) == 2
+    def generation(step: int, *keys: Key, starts: Sequence[Start] = ()) -> int:
+        return generation_for(Lines(dict.fromkeys(keys), starts), step)
+
+    assert generation(4) == 0
+    assert generation(4, (0, 3)) == 0
+    assert generation(4, (0, 3), (0, 9)) == 1
+    assert generation(8, (0, 9), (1, 4)) == 1
+    assert generation(4, (0, 9), (1, 4)) == 2
+    # A rollback to step 3 began generation 1: what comes next is its first checkpoint.
+    back = Start(1, (0, 3), "loss spike", 0)
+    assert generation(4, (0, 3), (0, 9), starts=[back]) == 1
+    assert parent_in(Lines(dict.fromkeys([(0, 3), (0, 9)]), [back]), 4, 1) == (0, 3)
 
 
 def test_nothing_is_there_before_the_commit() -> None:

@@ -18,8 +18,8 @@ from ckptd.errors import StateMismatch
 from ckptd.image import Variable, encode
 from ckptd.storage import writing
 from ckptd.storage.describe import STATIC_NAME, tensors_of_image
+from ckptd.storage.local_store import LocalStore
 from ckptd.storage.parts import LocalTensor
-from ckptd.storage.store import LocalStore
 
 
 def image_of(directory: Path, name: str, local: torch.Tensor, form: Form) -> memoryview:

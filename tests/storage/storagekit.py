@@ -19,10 +19,10 @@ from ckptd.image.variable import write_variable
 from ckptd.layout import placements
 from ckptd.layout.tiles import Tiles
 from ckptd.storage import place, writing
+from ckptd.storage.local_store import LocalStore
 from ckptd.storage.parts import LocalTensor, Part
 from ckptd.storage.reading import Checkpoint
 from ckptd.storage.snapshot import SealedImage
-from ckptd.storage.store import LocalStore
 
 Arrays = dict[str, NDArray[Any]]
 CODES = {"<i4": "I32", "<f8": "F64", "|u1": "U8", "<i2": "I16"}

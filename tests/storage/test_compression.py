@@ -23,9 +23,10 @@ from ckptd.image import ImagePlan, TensorSpec
 from ckptd.image.manifest import Manifest, Packed
 from ckptd.storage import compression
 from ckptd.storage.compression import GROUP_BYTES, pack_group, unpack_group
+from ckptd.storage.local_store import LocalStore
 from ckptd.storage.parts import Part
 from ckptd.storage.reading import open_checkpoint
-from ckptd.storage.store import LocalStore, Reader
+from ckptd.storage.store import Reader
 
 FILE = "rank-00000.safetensors"
 BOMB_BYTES = 64 << 20

@@ -15,8 +15,10 @@ from storagekit import arrays, write_split
 from ckptd.errors import CkptdError, CorruptCheckpoint, InvalidRequest, NotFound
 from ckptd.layout.placements import Shard
 from ckptd.storage import place, writing
+from ckptd.storage.local_store import LocalStore
 from ckptd.storage.reading import open_checkpoint
-from ckptd.storage.store import SCRATCH_PREFIX, AlreadyThere, FsspecStore, LocalStore, Store, open_store
+from ckptd.storage.remote_store import FsspecStore
+from ckptd.storage.store import SCRATCH_PREFIX, AlreadyThere, Store, open_store
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

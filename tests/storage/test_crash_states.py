@@ -21,7 +21,8 @@ from failing_calls import Event, FileCalls, tree
 from xxhash import xxh3_128_digest
 
 from ckptd.errors import CkptdError
-from ckptd.storage.store import SCRATCH_PREFIX, LocalStore
+from ckptd.storage.local_store import LocalStore
+from ckptd.storage.store import SCRATCH_PREFIX
 
 _SEED = 29
 _MOST = 4096  # states of one point

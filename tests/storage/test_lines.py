@@ -14,7 +14,8 @@ from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.layout.placements import Replicate
 from ckptd.storage import catalog, rollback, snapshot, writing
 from ckptd.storage.lines import Key, Lines, Start
-from ckptd.storage.store import AlreadyThere, LocalStore
+from ckptd.storage.local_store import LocalStore
+from ckptd.storage.store import AlreadyThere
 
 
 def straight(generation: int, steps: list[int], parent: Key | None = None) -> dict[Key, Key | None]:

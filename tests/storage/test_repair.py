@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,22 @@ def flip(file: Path, *positions: int) -> None:
     for at in positions:
         data[at] ^= 0x40
     file.write_bytes(data)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A peer that knows cells, and of no rank what they belong to."""
+
+    get: Callable[[bytes, int], bytes | None]
+
+    def by_digest(self, digest: bytes, length: int) -> bytes | None:
+        return self.get(digest, length)
+
+    def image_size(self, rank: int) -> int:
+        raise NotFound(f"rank {rank} is not here")
+
+    def image_bytes(self, rank: int, begin: int, end: int) -> bytes:
+        raise NotFound(f"rank {rank} is not here")
 
 
 def repaired(directory: Path, source: repair.Source | None = None) -> repair.Repair:
@@ -136,9 +154,9 @@ def test_a_peer_is_asked_by_digest(hsdp: Path) -> None:
         cells[cell_digests(whole[begin : begin + BLOCK_BYTES])] = whole[begin : begin + BLOCK_BYTES]
     flip(hsdp / FIRST, 200_000)
     flip(hsdp / THIRD, 200_500)
-    liar = repaired(hsdp, lambda digest, length: bytes(length))
+    liar = repaired(hsdp, Cells(lambda digest, length: bytes(length)))
     assert liar.blocks == 0 and len(liar.lost) == 2, "what a source gives is compared with the digest"
-    made = repaired(hsdp, lambda digest, length: cells.get(digest))
+    made = repaired(hsdp, Cells(lambda digest, length: cells.get(digest)))
     assert made.lost == () and verified(hsdp) == []
 
 
@@ -176,12 +194,12 @@ def test_a_file_that_is_gone_loses_only_what_was_its_own(hsdp: Path) -> None:
 def test_a_repair_that_fails_half_way_changes_nothing(hsdp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(hsdp / FIRST, 200_000)
     damaged = (hsdp / FIRST).read_bytes()
-    from ckptd.storage import store
+    from ckptd.storage import local_store
 
     def full(descriptor: int, view: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_all", full)
+    monkeypatch.setattr(local_store, "_write_all", full)
     with pytest.raises(ckptd.errors.NoSpace):
         repaired(hsdp)
     assert (hsdp / FIRST).read_bytes() == damaged

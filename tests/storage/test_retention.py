@@ -25,9 +25,9 @@ from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.layout.placements import Replicate
 from ckptd.storage import catalog, marks, retention, rollback, writing
 from ckptd.storage.lines import Key
+from ckptd.storage.local_store import LocalStore
 from ckptd.storage.reading import open_checkpoint
 from ckptd.storage.retention import Policy
-from ckptd.storage.store import LocalStore
 
 NOW = 1_750_000_000.0
 FILE = "rank-00000.safetensors"

@@ -1,6 +1,8 @@
-"""ckptd.load against dcp.load of the same state and against plainly reading the same bytes; page cache warm.
+"""ckptd.load against dcp.load of the same state and against plainly reading the same bytes.
 
-    python tools/bench/load.py [--mebibytes 1024] [--repeats 5] [--directory /tmp]
+    python tools/bench/load.py [--mebibytes 1024] [--repeats 5] [--directory /tmp] [--cold]
+
+The page cache is warm; with --cold, what is read is dropped from it before each run.
 
 Prints one JSON object: seconds of every run, medians, the ratios of medians, and how far the peak of resident
 memory rose above what was there before (the targets exist and are touched by then).  Each variant runs in a
@@ -61,13 +63,24 @@ def save(directory: Path, mebibytes: int) -> None:
             file.write(memoryview(tensor.view(-1).numpy()).cast("B"))
 
 
-def one(variant: str, directory: Path, mebibytes: int, check: bool) -> dict[str, Any]:
+def _drop(directory: Path) -> None:
+    """Drops all files below from the page cache; they are synced first, as dirty pages stay."""
+    for path in filter(Path.is_file, directory.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def one(variant: str, directory: Path, mebibytes: int, check: bool, cold: bool) -> dict[str, Any]:
     """Loads once into touched targets; returns seconds and how far resident memory rose meanwhile."""
     import torch
 
     wanted = state(mebibytes) if check else None
     targets = {name: torch.empty_like(t).fill_(1.0) for name, t in (wanted or state(mebibytes)).items()}
     load = _loader(variant, directory, targets)
+    if cold:
+        _drop(directory)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _resident("VmRSS")
     begin = time.perf_counter()
@@ -118,6 +131,7 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -125,16 +139,16 @@ def main() -> None:
         save(given.directory, given.mebibytes)
         return
     if given.one:
-        print(json.dumps(one(given.one, given.directory, given.mebibytes, given.check)))
+        print(json.dumps(one(given.one, given.directory, given.mebibytes, given.check, given.cold)))
         return
     root = Path(tempfile.mkdtemp(prefix="ckptd-bench-load-", dir=given.directory))
     try:
-        print(json.dumps(measure(root, given.mebibytes, given.repeats), indent=1))
+        print(json.dumps(measure(root, given.mebibytes, given.repeats, given.cold), indent=1))
     finally:
         shutil.rmtree(root)
 
 
-def measure(root: Path, mebibytes: int, repeats: int) -> dict[str, Any]:
+def measure(root: Path, mebibytes: int, repeats: int, cold: bool) -> dict[str, Any]:
     def run(variant: str, *more: str) -> dict[str, Any]:
         command = [sys.executable, __file__, "--one", variant, "--directory", str(root)]
         done = subprocess.run(
@@ -149,10 +163,11 @@ def measure(root: Path, mebibytes: int, repeats: int) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     for _ in range(repeats):
         for variant in variants:
-            found[variant].append(run(variant))
+            found[variant].append(run(variant, *(["--cold"] if cold else [])))
     median = {v: statistics.median(r["seconds"] for r in found[v]) for v in variants}
     return {
         "mebibytes": mebibytes,
+        "page_cache": "cold" if cold else "warm",
         "cpus": len(os.sched_getaffinity(0)),
         "seconds": {v: [round(r["seconds"], 4) for r in found[v]] for v in variants},
         "median_s": {v: round(median[v], 4) for v in variants},

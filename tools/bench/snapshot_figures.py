@@ -8,6 +8,8 @@ from typing import Any
 
 from measure import summary
 
+from ckptd.client.protection import BUSY
+
 JOB = "bench"
 CALIBRATE = "calibrate"  # the job that measures the baselines and the length of a step
 CONTEXT = 64  # tokens of a sequence
@@ -79,12 +81,13 @@ def variant(ranks: Ranks, nothing_cpu_per_step_s: float | None) -> dict[str, Any
 def _completed(rank: dict[str, Any], seen: int) -> int:
     """How many snapshots of the loop were finished in the end.
 
-    ckptd's watermark may pass several steps at once: all that were cut and not dropped became protected.
+    ckptd's watermark may pass several steps at once: all that were cut and not dropped then became protected.
     """
     if "protected_step" not in rank["report"]:
         return seen
     report = rank["report"]
-    return sum(step <= report["protected_step"] for step, _ in rank["cuts"]) - sum(report["dropped"].values())
+    given_up = sum(count for why, count in report["dropped"].items() if why != BUSY)
+    return sum(step <= report["protected_step"] for step, _ in rank["cuts"]) - given_up
 
 
 def _known_at(rank: dict[str, Any], step: int) -> float:

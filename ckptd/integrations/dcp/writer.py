@@ -157,10 +157,10 @@ class Writer(StorageWriter):
                 raise InvalidRequest(
                     f"{self._url} is of step {wanted.step}, not {self._step}", next="pass one"
                 )
-            entries = catalog.entries(wanted.store, wanted.job)
+            known = catalog.keyed_lines(wanted.store, wanted.job)
             generation = generation if wanted.generation is None else wanted.generation
-            generation = generation_for(entries, wanted.step) if generation is None else generation
-            parent = parent_in(entries, wanted.step, generation)
+            generation = generation_for(known, wanted.step) if generation is None else generation
+            parent = parent_in(known, wanted.step, generation)
         store, job, step = writing.target(self._url, generation)
         step = step if step is not None else self._step or 0
         head = writing.Heading(job or self._job or _JOB, step, generation or 0, "consolidated", parent=parent)
