@@ -10,11 +10,13 @@ Three kinds of evidence end in `dead`:
 * Nothing of this, but no step for several typical ones while the daemon is gone.
 
 Patience is counted in `State.now`, which stands still while the coordinator itself is
-held up.
+held up.  Where all nodes fall silent at once, it is more likely cut off, or on a machine that starves
+everybody, than everybody is dead: then it waits longer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ckptd.coordinator.events import Answer
@@ -34,6 +36,8 @@ from ckptd.coordinator.state import (
 _PROBE_FROM = 0.6
 # The limit widens with the pauses seen lately, by no more than this factor.
 _WIDEST = 1.3
+# And by this one while nobody at all is heard.
+_ALL_SILENT = 10.0
 _GAPS_TOLERATED = 4
 _GAP_DECAY = 0.98
 
@@ -80,23 +84,34 @@ def stall_bound(job: Job, timing: Timing) -> float:
     return min(timing.daemon_grace_s, max(timing.stall_min_s, 3 * job.progress.step_s))
 
 
-def examine(node: Node, job: Job | None, now: float, timing: Timing) -> Finding:
+def nobody_is_heard(nodes: Iterable[Node], now: float, timing: Timing) -> bool:
+    """Whether all of several nodes whose streams are open are silent."""
+    open_ones = [node for node in nodes if node.connected and not node.dead]
+    least = _PROBE_FROM * timing.silence_s
+    return len(open_ones) > 1 and all(now - node.heard >= least for node in open_ones)
+
+
+def examine(node: Node, job: Job | None, now: float, timing: Timing, all_silent: bool = False) -> Finding:
     """What to think of `node`, a member of `job` (None: of no unfinished one).
 
     A node that is heard again is no business of this function: see `heard`.
+
+    Args:
+        all_silent: nobody else is heard either (`nobody_is_heard`).
     """
     if node.dead:
         return Finding(node)
     if node.connected:
-        return _silence(node, job, now, timing)
+        return _silence(node, job, now, timing, all_silent)
     if node.left is None:
         # Known from the journal, never heard: it gets the time to find the new coordinator.
         return Finding(replace(node, left=now) if now >= timing.settle_s else node)
     return _absence(node, job, now, timing)
 
 
-def _silence(node: Node, job: Job | None, now: float, timing: Timing) -> Finding:
-    silent_s, limit = now - node.heard, silence_limit(node, timing)
+def _silence(node: Node, job: Job | None, now: float, timing: Timing, all_silent: bool) -> Finding:
+    silent_s = now - node.heard
+    limit = silence_limit(node, timing) * (_ALL_SILENT if all_silent else 1.0)
     if silent_s < _PROBE_FROM * limit:
         return Finding(node)
     probe = _due_for_probe(node, node.heard, now, timing)

@@ -253,8 +253,9 @@ def _examine_nodes(state: State) -> tuple[State, list[Effect]]:
     changed = False
     jobs_of = {name: job for job in state.jobs.values() if job.phase != FINISHED for name in job.members}
     probes = state.probes
+    all_silent = detector.nobody_is_heard(state.nodes.values(), state.now, state.timing)
     for name, node in state.nodes.items():
-        finding = detector.examine(node, jobs_of.get(name), state.now, state.timing)
+        finding = detector.examine(node, jobs_of.get(name), state.now, state.timing, all_silent)
         seen = finding.node
         if finding.news:
             effects.append(_news(state, finding.news, name, finding.why))

@@ -144,6 +144,26 @@ def test_a_silent_node_that_continues_changes_nothing_and_becomes_a_spare() -> N
     assert "n1" in job_of(made).members
 
 
+def test_nodes_that_all_fall_silent_at_once_are_waited_for() -> None:
+    """A starved machine or a cut-off coordinator: nobody died, and nobody could take over."""
+    made = world()
+    made.pauses = 0.0
+    made.run_for(5.0)
+    at = made.now
+    for node in made.nodes.values():
+        made.freeze(node)
+    made.run_for(4.0)
+    for node in made.nodes.values():
+        made.thaw(node)
+    made.run_for(5.0)
+    assert set(made.rosters) == {1} and names(made, at) == []
+    at = made.now
+    for node in made.nodes.values():
+        made.freeze(node)
+    made.run_for(15.0)
+    assert "node-dead" in names(made, at), "but not for ever"
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_false_alarm_while_nothing_is_wrong(seed: int) -> None:
     """The coordinator itself is held up now and then, and reports are late."""
