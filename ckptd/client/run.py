@@ -44,6 +44,8 @@ from ckptd.client.settings import Environment, Place
 from ckptd.client.state import Survey
 from ckptd.failpoints import failpoint
 from ckptd.image import check_name
+from ckptd.storage import marks
+from ckptd.storage.store import open_store
 from ckptd.v1 import local_pb2
 
 log = logging.getLogger("ckptd")
@@ -282,25 +284,28 @@ class Run:
         "durable": protected, and a checkpoint in the store; every rank of the job must ask, and gets its URL.
 
         Args:
-            name: not kept.
+            name: why the checkpoint is kept: it is pinned, so that no prune removes it.  "durable" only.
             timeout_s: how long it may take, seconds.
 
         Raises:
             InvalidRequest: this step was not captured.
-            NoSpace, CorruptImage, NotFound: it could not be written; the message says why.
+            NoSpace, CorruptImage, NotFound: it could not be written, or not pinned; the message says why.
             DeadlineExceeded, Unreachable, StaleGeneration: it did not get there.
         """
         if wait not in ("protected", "sealed", "durable"):
             raise errors.InvalidRequest(
                 f"wait={wait!r} is unknown", next='use "protected", "sealed" or "durable"'
             )
-        if name is not None:
+        if name is not None and wait != "durable":
             log.info("the name %r is not kept: a snapshot is found by its step", name)
         deadline = time.monotonic() + timeout_s
         with self._blocked():
             self._check_usable()
             self._protection.settle(self._step, protected=wait == "protected", deadline=deadline)
-            return self._flush(deadline) if wait == "durable" else None
+            url = self._flush(deadline) if wait == "durable" else None
+        if url and name and self.rank == 0:
+            marks.pin(open_store(url), name, time.time())
+        return url
 
     def accept(self) -> None:
         """Accepts the state after a loss that was not finite: capturing goes on with the next due step."""

@@ -17,7 +17,8 @@ import ckptd
 from ckptd import errors
 from ckptd.client import embedded
 from ckptd.client.run import Run
-from ckptd.storage import catalog
+from ckptd.storage import catalog, marks
+from ckptd.storage.store import open_store
 
 DEADLINE_S = 30.0
 
@@ -71,8 +72,9 @@ def test_a_durable_step_comes_back_when_all_memory_is_lost(store: Path) -> None:
     with ckptd.attach("life", max_lag=1, **trainee.objects) as run:
         assert run.resume().rung == "none"
         train(trainee, run, 0, 3)
-        url = run.save(wait="durable")
+        url = run.save("paper, table 2", wait="durable")
     assert url == str(store / "life" / "step-00000003.g00001")
+    assert marks.pin_of(open_store(url)).reason == "paper, table 2"
     lose_memory()
 
     revived = scheduled(99)
