@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lost_worker
 import torch
@@ -33,7 +33,15 @@ FOREVER = 100_000
 
 
 class Life:
-    """One coordinator, and nodes with one rank each, from nothing but a store."""
+    """One coordinator, and nodes with one rank each, from nothing but a store.
+
+    Attributes:
+        worker: the program of a rank; it gets the folder for what it tells, the steps, and a seed.
+        settings: of all processes, more than the common ones.
+    """
+
+    worker: ClassVar[str] = lost_worker.__file__
+    settings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, name: str, nodes: int, store: Path, children: Children, root: Path) -> None:
         self.name, self.nodes, self.store, self.children = name, nodes, store, children
@@ -122,7 +130,7 @@ class Life:
         self._ckptd("daemon", *(word for flag, value in flags.items() for word in (f"--{flag}", value)))
         connection = channel(listen)
         self.channels.append(connection)
-        arguments = [lost_worker.__file__, str(self.out), str(steps), str(seed)]
+        arguments = [self.worker, str(self.out), str(steps), str(seed)]
 
         def spawn(generation: int, rank: int, ordered: Mapping[str, str]) -> Child:
             env = self._environment() | {"GLOO_SOCKET_IFNAME": "lo", **ordered}
@@ -141,7 +149,7 @@ class Life:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("CKPTD_")}
         mine = {"CKPTD_STORE": str(self.store), "CKPTD_FLUSH_EVERY": "2", "PYTHONPATH": python_path()}
         mine["CKPTD_COORDINATOR_STORAGE_AFTER_S"] = "1"
-        return kept | mine | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return kept | mine | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | dict(self.settings)
 
 
 @asynccontextmanager
