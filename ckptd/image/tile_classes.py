@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ckptd.image import columns
 from ckptd.image.fields import Fields, MalformedField
+from ckptd.layout.distinct import distinct
 from ckptd.layout.tiles import Ints, Tiles
 
 MAX_DIMS: Final = 64
@@ -158,7 +159,7 @@ def _fills(begins: Ints, ends: Ints, cover: Ints, shape: tuple[int, ...]) -> boo
     weight = np.ones(len(begins), np.uint64)
     whole = np.uint64(1)
     for dim, size in enumerate(shape):
-        cuts = np.unique(np.concatenate([begins[:, dim], ends[:, dim], [0, size]]))
+        cuts = distinct(np.concatenate([begins[:, dim], ends[:, dim], [0, size]]))
         random = np.frombuffer(secrets.token_bytes(8 * (len(cuts) - 1)), np.uint64)
         sums: NDArray[np.uint64] = np.zeros(len(cuts), np.uint64)
         np.cumsum(random, out=sums[1:])

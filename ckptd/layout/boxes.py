@@ -12,6 +12,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptd.layout.distinct import distinct, numbered
+
 Ints = NDArray[np.int64]
 
 
@@ -144,8 +146,8 @@ def pairs(low: Ints, high: Ints, other_low: Ints, other_high: Ints) -> tuple[Int
 
 
 def _most_selective_first(low: Ints, high: Ints) -> list[int]:
-    distinct = [len(np.unique(low[:, dim])) + len(np.unique(high[:, dim])) for dim in range(low.shape[1])]
-    return sorted(range(low.shape[1]), key=lambda dim: -distinct[dim])
+    bounds = [len(distinct(low[:, dim])) + len(distinct(high[:, dim])) for dim in range(low.shape[1])]
+    return sorted(range(low.shape[1]), key=lambda dim: -bounds[dim])
 
 
 def _descend(
@@ -155,11 +157,11 @@ def _descend(
 
     Bounds are replaced by their ranks among the second set's, so that (node, bound) fits one integer.
     """
-    bounds = np.unique(np.concatenate([other_low, other_high]))
+    bounds = distinct(np.concatenate([other_low, other_high]))
     begin, end = np.searchsorted(bounds, other_low), np.searchsorted(bounds, other_high)
     base = len(bounds) + 1
     assert len(parent) * base * base < 2**62, "too many boxes for one join"
-    key, child = np.unique((parent * base + begin) * base + end, return_inverse=True)
+    key, _, child = numbered((parent * base + begin) * base + end)
     child_begin, child_end = key // base, key % base
     # Within a parent, children are sorted by their begin; the running maximum of the ends is sorted too, so
     # that those before the first end beyond `low` do not overlap.  For tilings the rest up to `high` all do.
@@ -206,7 +208,7 @@ def fault(shape: Sequence[int], offsets: Ints, sizes: Ints, group: Ints | None =
         group: [n], such as `Tiles.cover`; None is one group.  A group without boxes is not seen.
     """
     group = np.zeros(len(offsets), np.int64) if group is None else group
-    labels = np.unique(group)
+    labels = distinct(group)
     if len(labels) == 0:
         labels = np.zeros(1, np.int64)
     dims, whole = len(shape), np.asarray(shape, np.int64)
@@ -249,7 +251,7 @@ def merge(key: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints, Ints]:
         return key, low, high
     order = np.lexsort((low, key))
     key, low, high = key[order], low[order], high[order]
-    _, rank = np.unique(key, return_inverse=True)
+    _, _, rank = numbered(key)
     base = int(low.min())
     span = int(high.max()) - base + 2
     assert (int(rank[-1]) + 1) * span < 2**62, "intervals too large to merge at once"

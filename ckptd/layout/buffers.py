@@ -11,6 +11,7 @@ import numpy as np
 from ckptd.errors import LayoutRefused
 from ckptd.layout import boxes, flat, geometry, naming
 from ckptd.layout.claims import Part, Stored
+from ckptd.layout.distinct import distinct, numbered
 from ckptd.layout.expressions import Pattern, Store
 from ckptd.layout.geometry import Filler, Views
 from ckptd.layout.tiles import Ints, Tiles
@@ -111,7 +112,7 @@ class Buffers:
         item_share = self._mesh.indices(line.steps.item_grid, ranks)
         share = self._mesh.indices(line.steps.grid, ranks)
         found: list[tuple[Ints, Ints, Ints, Ints]] = []
-        for number in np.unique(key).tolist():
+        for number in distinct(key).tolist():
             mine = np.flatnonzero(key == number)
             group = self.group(line, int(ranks[mine[0]]))
             item = group.item[array.parts[0].tensor]
@@ -125,7 +126,7 @@ class Buffers:
     def names(self, line: Line, ranks: Ints) -> tuple[Ints, tuple[str, ...]]:
         """([n] index into the names, the buffers' names at these ranks)."""
         axes = [index.id for index in naming.indices(line.name) if index.id not in line.numbers]
-        _, first, inverse = np.unique(self._mesh.indices(axes, ranks), return_index=True, return_inverse=True)
+        _, first, inverse = numbered(self._mesh.indices(axes, ranks))
         names = []
         for rank in ranks[first].tolist():
             names.append(naming.fill(line.name, {**line.numbers, **self._mesh.coordinates(rank)}))

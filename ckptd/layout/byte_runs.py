@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptd.layout import boxes
+from ckptd.layout.distinct import distinct_rows
 
 if TYPE_CHECKING:
     from ckptd.layout.plan import Copies
@@ -271,7 +272,7 @@ def _distinct_sources(found: Runs) -> Runs:
             found.repeats,
         ]
     )
-    return found.at(np.unique(rows, axis=0, return_index=True)[1]) if len(rows) else found
+    return found.at(distinct_rows(rows)[1]) if len(rows) else found
 
 
 @dataclass(frozen=True)

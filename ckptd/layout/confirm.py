@@ -22,9 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import numpy as np
-
 from ckptd.errors import LayoutRefused
+from ckptd.layout.distinct import distinct
 from ckptd.layout.expressions import Rule
 from ckptd.layout.fingerprint import Kernel
 from ckptd.layout.resolve import Placement
@@ -319,7 +318,7 @@ def _difference(placement: Placement, name: str, replicas: Mapping[int, Sum]) ->
     return Difference(
         name,
         {cover: each.fingerprint for cover, each in replicas.items()},
-        {cover: tuple(np.unique(tiles.place[tiles.cover == cover]).tolist()) for cover in replicas},
+        {cover: tuple(distinct(tiles.place[tiles.cover == cover]).tolist()) for cover in replicas},
     )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ckptd.layout import boxes
 from ckptd.layout.byte_runs import Blocks, Runs, Summary, blocks, canonical, join, runs, summarise
+from ckptd.layout.distinct import numbered
 from ckptd.layout.tiles import Tiles
 
 __all__ = [
@@ -65,7 +66,7 @@ def copies(source: Tiles, target: Tiles, *, near: Near | None = None) -> Copies:
     """
     if source.shape != target.shape:
         raise ValueError(f"a tensor of shape {source.shape} cannot fill one of shape {target.shape}")
-    labels, cover = np.unique(source.cover, return_inverse=True)
+    labels, _, cover = numbered(source.cover)
     held = np.zeros(len(labels), np.int64)
     np.add.at(held, cover, boxes.volume(source.sizes))
     whole = np.flatnonzero(held == prod(source.shape))
@@ -100,7 +101,7 @@ def _chosen_cover(source: Tiles, cover: Ints, whole: Ints, target: Tiles, near: 
         return chosen
     j = usable[j]
     _, sizes = boxes.intersect(target.offsets[i], target.sizes[i], source.offsets[j], source.sizes[j])
-    key, at = np.unique(i * (int(cover.max()) + 1) + cover[j], return_inverse=True)
+    key, _, at = numbered(i * (int(cover.max()) + 1) + cover[j])
     held = np.zeros(len(key), np.int64)
     np.add.at(held, at.ravel(), boxes.volume(sizes))
     box, label = key // (int(cover.max()) + 1), key % (int(cover.max()) + 1)

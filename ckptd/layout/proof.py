@@ -20,6 +20,7 @@ import numpy as np
 from ckptd.errors import LayoutRefused
 from ckptd.layout import boxes, geometry, naming
 from ckptd.layout.claims import Stored
+from ckptd.layout.distinct import distinct
 from ckptd.layout.expressions import Drop, Tied
 from ckptd.layout.resolve import Placement, unclaimed
 from ckptd.layout.runs import FILLS, Table
@@ -190,7 +191,7 @@ def _check_cover(
     fault = boxes.fault(tiles.shape, tiles.offsets, tiles.sizes, tiles.cover)
     if fault is not None:
         raise _wrong_cover(line, name, tiles, fault)
-    present = np.unique(tiles.cover)
+    present = distinct(tiles.cover)
     if volume and len(present) != covers:
         missing = min(set(range(covers)) - set(present.tolist()))
         raise LayoutRefused(
@@ -220,7 +221,7 @@ def _wrong_cover(line: int, name: str, tiles: Tiles, fault: boxes.Fault) -> Layo
     held = int(boxes.volume(mine.sizes).sum())
     found = f"{held} of {prod(tiles.shape)} elements are held"
     if not holding.any():
-        ranks = _ranks(np.unique(mine.place))
+        ranks = _ranks(distinct(mine.place))
         return LayoutRefused(
             f"line {line}: {name}: element {list(fault.point)} of shape {list(tiles.shape)} "
             "is held by no rank",
@@ -291,7 +292,7 @@ def _buffer_volumes(placement: Placement, written: bool) -> tuple[Ints, Ints]:
     for line in buffers.lines:
         key = mesh.indices(line.axes, ranks)
         share, item_share = (mesh.indices(grid, ranks) for grid in (line.steps.grid, line.steps.item_grid))
-        for number in np.unique(key).tolist():
+        for number in distinct(key).tolist():
             mine = np.flatnonzero(key == number)
             group = buffers.group(line, int(mine[0]))
             if not group.members:

@@ -18,6 +18,7 @@ from ckptd.layout.arithmetic import environment
 from ckptd.layout.arithmetic import evaluate as number
 from ckptd.layout.buffers import Buffers, choose
 from ckptd.layout.claims import Claims, Part, Stored, claim
+from ckptd.layout.distinct import distinct
 from ckptd.layout.expressions import (
     As,
     Average,
@@ -163,7 +164,7 @@ class Placement:
         """The ranks (of all, or of these) that hold the array, ascending."""
         if places is None:
             return np.zeros(0, np.int64) if array.fixed is None else self.mesh.where(array.fixed)
-        ranks = np.unique(np.fromiter(places, np.int64))
+        ranks = distinct(np.fromiter(places, np.int64))
         if len(ranks) and not 0 <= ranks[0] <= ranks[-1] < self.mesh.size:
             raise ValueError(
                 f"places {ranks[0]} .. {ranks[-1]} are not all in a mesh of {self.mesh.size} ranks"

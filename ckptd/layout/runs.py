@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ckptd.errors import LayoutRefused
 from ckptd.layout.arithmetic import evaluate as number
 from ckptd.layout.arithmetic import show
+from ckptd.layout.distinct import numbered
 from ckptd.layout.expressions import Axis, Extent, Pad, Product, Split, Sum
 from ckptd.layout.tiles import Ints
 
@@ -135,7 +136,7 @@ def table(axis: Axis, values: Mapping[str, int], columns: Mapping[str, Ints], co
     key = np.zeros(count, np.int64)
     for name in own:
         key = key * values[name] + columns[name]
-    _, first, index = np.unique(key, return_index=True, return_inverse=True)
+    _, first, index = numbered(key)
     index = index.reshape(-1)
     chosen = {name: columns[name][first] for name in own}
     if isinstance(axis, Split) and all(name in columns for name in axis.grid):

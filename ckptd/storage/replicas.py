@@ -12,6 +12,7 @@ from ckptd.image import ImagePlan
 from ckptd.image.digest_table import BLOCK_BYTES
 from ckptd.image.manifest import StoredTensor
 from ckptd.layout import boxes
+from ckptd.layout.distinct import distinct
 from ckptd.layout.tiles import Tiles
 from ckptd.storage.reading import Checkpoint, numpy_dtype
 from ckptd.storage.transfer import Job
@@ -70,7 +71,7 @@ class Replicas:
     ) -> NDArray[np.generic] | None:
         if stored.differs:  # ranks hold different values: another's are not this one's
             return None
-        for cover in np.unique(tiles.cover):
+        for cover in distinct(tiles.cover):
             values: NDArray[np.generic] = np.zeros(count, numpy_dtype(stored.dtype))
             job = Job(self._checkpoint, threads=1)
             job.want(stored.name, target, {target.arrays[0]: values}, source=tiles.at(tiles.cover == cover))
@@ -123,7 +124,7 @@ def arrays_of(checkpoint: Checkpoint, index: int) -> Arrays:
     found: Arrays = {}
     for stored in checkpoint.manifest.tensors:
         tiles = checkpoint.tiles(stored.name)
-        for number in np.unique(tiles.array[tiles.place == index]):
+        for number in distinct(tiles.array[tiles.place == index]):
             found.setdefault(tiles.arrays[number], []).append((stored, tiles))
     return found
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ckptd.errors import CkptdError, CorruptCheckpoint
 from ckptd.image.manifest import StoredTensor
 from ckptd.layout import boxes
+from ckptd.layout.distinct import distinct
 from ckptd.layout.tiles import Tiles
 from ckptd.storage.transfer import Job
 
@@ -47,7 +48,7 @@ class Salvage:
     def _whole(self, stored: StoredTensor) -> Values:
         tiles = self._checkpoint.tiles(stored.name)
         failure: CorruptCheckpoint | None = None
-        for cover in np.unique(tiles.cover):
+        for cover in distinct(tiles.cover):
             whole = _box(stored.shape, (0,) * len(stored.shape), stored.shape)
             try:
                 return self._read(stored, whole, tiles.at(tiles.cover == cover))

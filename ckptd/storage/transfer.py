@@ -26,6 +26,7 @@ from ckptd.image.manifest import StoredTensor
 from ckptd.image.plan import DTYPE_BITS
 from ckptd.layout import boxes, plan
 from ckptd.layout.byte_runs import Runs
+from ckptd.layout.distinct import distinct_rows
 from ckptd.layout.tiles import Tiles
 from ckptd.storage.fetch import (
     CHUNK_BLOCKS,
@@ -212,11 +213,9 @@ class Job:
         base = len(self._targets)
         self._targets.extend(self._wishes[wish][1][array].view(np.uint8) for array in arrays[1])
         reach = (runs.source_start + ((runs.repeats - 1) * runs.source_steps).sum(axis=1)) + runs.length
-        pairs, which = np.unique(
-            np.stack([runs.source_place, runs.source_array], axis=1), axis=0, return_inverse=True
-        )
+        pairs, _, which = distinct_rows(np.stack([runs.source_place, runs.source_array], axis=1))
         for number, (index, array) in enumerate(pairs.tolist()):
-            chosen = np.flatnonzero(which.ravel() == number)
+            chosen = np.flatnonzero(which == number)
             opened = self._checkpoint.opened(index)
             offset = _array_offset(opened, arrays[0][array], name, code, int(reach[chosen].max()))
             parts.setdefault(index, []).append(_pieces(runs.at(chosen), offset, base, name))
