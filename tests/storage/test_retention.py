@@ -212,12 +212,12 @@ def test_a_prune_that_took_too_long_gives_up(root: Path) -> None:
 
 def test_a_full_disk_can_be_pruned(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line(root, 1, [10, 20])
-    from ckptd.storage import store
+    from ckptd.storage import local_store
 
     def full(descriptor: int, view: memoryview) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_all", full)
+    monkeypatch.setattr(local_store, "_write_all", full)
     assert prune(root, "last=1").removed == [(1, 10)]
     assert there(root) == [(1, 20)]
 
