@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from datetime import UTC, datetime
 from typing import Any
 
 import typer
 
 from ckptd.cli.drawing import draw
+from ckptd.cli.keys import fields, named, when
 from ckptd.errors import CkptdError, InvalidRequest, NotFound
 from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.image.names import check_name
@@ -45,7 +45,7 @@ def list_jobs(url: str, as_json: bool) -> None:
         return
     for name, known in found:
         tip = known.lines.tip
-        newest = "none" if tip is None else _named(tip)
+        newest = "none" if tip is None else named(tip)
         counts = f"{len(known.heads)} checkpoints, {len(known.lines.lines)} lines"
         typer.echo(f"{name:24} {counts:28} newest {newest}")
     if not found:
@@ -99,8 +99,7 @@ def _row(known: catalog.Survey, key: Key) -> str:
     if start is not None and key in known.lines.heads:
         notes.append(f"left by generation {start.generation}{_why(start)}")
     ranks = "" if head is None else f"{head.world_size} rank{'s' * (head.world_size != 1)}"
-    when = datetime.fromtimestamp(_time(known, key), UTC).strftime("%Y-%m-%d %H:%M:%S")
-    return f"{_named(key):20} {when}  {ranks:10} {'; '.join(notes)}".rstrip()
+    return f"{named(key):20} {when(_time(known, key))}  {ranks:10} {'; '.join(notes)}".rstrip()
 
 
 def _body(url: str, job: str, known: catalog.Survey) -> dict[str, Any]:
@@ -159,12 +158,8 @@ def _time(known: catalog.Survey, key: Key) -> float:
     return known.store.inside(catalog.entry_of(key).directory).modified(MANIFEST_NAME)
 
 
-def _named(key: Key) -> str:
-    return f"step {key[1]}.g{key[0]}"
-
-
 def _place(key: Key | None) -> str:
-    return "nothing" if key is None else _named(key)
+    return "nothing" if key is None else named(key)
 
 
 def _why(start: Start) -> str:
@@ -172,4 +167,4 @@ def _why(start: Start) -> str:
 
 
 def _key(key: Key | None) -> dict[str, int] | None:
-    return None if key is None else {"step": key[1], "generation": key[0]}
+    return None if key is None else fields(key)

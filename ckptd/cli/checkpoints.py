@@ -6,7 +6,6 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -14,10 +13,10 @@ import typer
 
 from ckptd.cli import live_memory, local
 from ckptd.cli.checkpoint_lists import list_job, list_jobs
+from ckptd.cli.keys import fields, named, when
 from ckptd.cli.progress import Progress, size
 from ckptd.errors import CorruptCheckpoint, InvalidRequest, Unreachable
 from ckptd.storage import catalog, marks, place, repair, retention, rollback
-from ckptd.storage.lines import Key
 from ckptd.storage.reading import Checkpoint, open_checkpoint
 from ckptd.storage.store import Store, open_store
 from ckptd.storage.transfer import Damage
@@ -86,7 +85,7 @@ def show(
             "step": manifest.step,
             "generation": manifest.generation,
             "parent": parent and {"step": parent[1], "generation": parent[0]},
-            "written": _when(checkpoint.store.modified("manifest.json")),
+            "written": when(checkpoint.store.modified("manifest.json")),
             "form": manifest.form,
             "world_size": manifest.world_size,
             "mesh": dict(manifest.mesh),
@@ -243,23 +242,23 @@ def prune(
                 "store": url,
                 "job": job,
                 "dry_run": dry_run,
-                "keep": [{**_key(kept.key), "why": list(kept.why)} for kept in made.keep],
-                "remove": [_key(key) for key in made.remove],
-                "garbage": [{**_key(each.key), "why": each.why} for each in made.garbage],
-                "removed": [_key(key) for key in done.removed],
-                "collected": [_key(key) for key in done.collected],
-                "spared": [{**_key(each.key), "why": list(each.why)} for each in done.spared],
+                "keep": [{**fields(kept.key), "why": list(kept.why)} for kept in made.keep],
+                "remove": [fields(key) for key in made.remove],
+                "garbage": [{**fields(each.key), "why": each.why} for each in made.garbage],
+                "removed": [fields(key) for key in done.removed],
+                "collected": [fields(key) for key in done.collected],
+                "spared": [{**fields(each.key), "why": list(each.why)} for each in done.spared],
             }
         )
         return
     for kept in made.keep:
-        typer.echo(f"keep    {_named(kept.key):20} {', '.join(kept.why)}")
+        typer.echo(f"keep    {named(kept.key):20} {', '.join(kept.why)}")
     for key in reversed(made.remove):
-        typer.echo(f"remove  {_named(key)}")
+        typer.echo(f"remove  {named(key)}")
     for each in made.garbage:
-        typer.echo(f"garbage {_named(each.key):20} {each.why}")
+        typer.echo(f"garbage {named(each.key):20} {each.why}")
     for spared in done.spared:
-        typer.echo(f"spared  {_named(spared.key):20} {', '.join(spared.why)}")
+        typer.echo(f"spared  {named(spared.key):20} {', '.join(spared.why)}")
     if dry_run:
         typer.echo(f"{len(made.remove)} checkpoints would be removed (dry run)")
     else:
@@ -295,15 +294,15 @@ def roll_back(
                 "job": job,
                 "dry_run": dry_run,
                 "generation": start.generation,
-                "to": _key(start.parent),
+                "to": fields(start.parent),
                 "reason": start.reason,
-                "left": [_key(key) for key in made.left],
+                "left": [fields(key) for key in made.left],
                 "daemon_asked": asked,
             }
         )
         return
     does = "would begin" if dry_run else "begins"
-    typer.echo(f"{job}: generation {start.generation} {does} at {_named(start.parent)}: {start.reason}")
+    typer.echo(f"{job}: generation {start.generation} {does} at {named(start.parent)}: {start.reason}")
     typer.echo(f"{len(made.left)} newer checkpoints of the line are left, and stay")
     if not asked:
         typer.echo(
@@ -389,15 +388,3 @@ def _damage(found: Any) -> dict[str, Any]:
 
 def _lost(each: repair.Lost) -> dict[str, Any]:
     return {**_damage(each), "rank": each.rank}
-
-
-def _key(key: Key) -> dict[str, int]:
-    return {"step": key[1], "generation": key[0]}
-
-
-def _named(key: Key) -> str:
-    return f"step {key[1]}.g{key[0]}"
-
-
-def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

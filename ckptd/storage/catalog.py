@@ -11,16 +11,15 @@ from typing import Final, NamedTuple, TypeVar
 from ckptd.errors import (
     CkptdError,
     CorruptCheckpoint,
-    DeadlineExceeded,
     InvalidRequest,
     NotFound,
-    Unreachable,
 )
 from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ckptd.image.manifest_head import HEAD_BYTES, ManifestHead
 from ckptd.image.names import check_name
 from ckptd.storage import place
 from ckptd.storage.lines import MAX_START_BYTES, Key, Lines, Start
+from ckptd.storage.retrying import SILENT
 from ckptd.storage.store import Store, open_store
 
 STARTS: Final = "lines"  # the directory of a job's starts
@@ -150,11 +149,6 @@ def generations(store: str, job: str) -> Generations:
     return Generations(max([*named, *started], default=0), max(started, default=0))
 
 
-def newest_generation(store: str, job: str) -> int:
-    """Returns the greatest generation that a job used; 0 for none."""
-    return generations(store, job).newest
-
-
 def _starts(root: Store) -> tuple[list[Start], dict[int, str]]:
     inside = root.inside(STARTS)
     found: list[Start] = []
@@ -280,7 +274,7 @@ def why_not(root: Store, entry: Entry) -> str | None:
         for index in range(len(manifest.objects)):
             checkpoint.open(index).close()
             checkpoint.digests(index)
-    except (Unreachable, DeadlineExceeded):  # says nothing of the checkpoint: going back for it loses steps
+    except SILENT:  # going back for it would lose steps
         raise
     except CkptdError as error:
         return str(error)

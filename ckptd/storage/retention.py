@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
-from ckptd.errors import CkptdError, DeadlineExceeded, InvalidRequest, NoSpace, NotFound, Unreachable
+from ckptd.errors import CkptdError, InvalidRequest, NoSpace, NotFound
 from ckptd.image.digest_table import TABLE_SUFFIX
 from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.storage import catalog, marks
 from ckptd.storage.lines import Key, Lines
 from ckptd.storage.reading import open_checkpoint
+from ckptd.storage.retrying import SILENT
 from ckptd.storage.store import Store
 
 GRACE_S: Final = 24 * 3600.0  # a directory without manifest that nobody wrote to for so long is garbage
@@ -255,7 +256,7 @@ def _verifies(inside: Store, key: Key, progress: Progress | None) -> bool:
         with open_checkpoint(inside.url) as checkpoint:
             same = (checkpoint.manifest.generation, checkpoint.manifest.step) == key
             return same and not checkpoint.verify(progress)
-    except (Unreachable, DeadlineExceeded):  # says nothing of the checkpoint
+    except SILENT:
         raise
     except CkptdError:
         return False

@@ -8,11 +8,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from ckptd.errors import CkptdError, DeadlineExceeded, Unreachable
 
 T = TypeVar("T")
+
+# A store that does not answer: that says nothing of what is in it.
+SILENT: Final = (Unreachable, DeadlineExceeded)
 
 
 class Failed(Exception):

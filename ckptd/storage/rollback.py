@@ -53,7 +53,7 @@ def plan(
             why,
             f"ckptd verify {job}/step-{step} --repair",
         )
-    start = Start(catalog.newest_generation(store, job) + 1, parent, reason, int(now))
+    start = Start(catalog.generations(store, job).newest + 1, parent, reason, int(now))
     kept = set(known.lines.path(parent))
     return Rollback(store, job, start, tuple(key for key in newest if key not in kept))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptd.errors import CkptdError, CorruptCheckpoint, DeadlineExceeded, Unreachable
+from ckptd.errors import CkptdError, CorruptCheckpoint
 from ckptd.image.digest import DIGEST_BYTES, cells_of, mismatches
 from ckptd.image.digest_table import BLOCK_BYTES
 from ckptd.image.manifest import StoredTensor
@@ -40,13 +40,13 @@ from ckptd.storage.fetch import (
     read_verified,
     schedule,
 )
+from ckptd.storage.retrying import SILENT
 from ckptd.storage.store import Reader
 
 if TYPE_CHECKING:
     from ckptd.storage.reading import Checkpoint, OpenObject
 
 Ints = NDArray[np.int64]
-_SILENT: Final = (Unreachable, DeadlineExceeded)  # a store that does not answer
 _CACHED_BYTES: Final = 8 << 20  # reads up to this size go through the checkpoint's cache of blocks
 _TASK_CHUNKS: Final = 16  # 16 MiB: what a thread takes at a time
 
@@ -369,7 +369,7 @@ def verify(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) 
                         progress(done, total)
             if checkpoint.manifest.form != "files":
                 checkpoint.variable(index)
-        except _SILENT:  # says nothing of the checkpoint
+        except SILENT:
             raise
         except CkptdError as error:
             if not any(found.object == stored.name for found in damage):
@@ -382,7 +382,7 @@ def _damage(checkpoint: Checkpoint, index: int, block: int) -> Damage:
     begin, end = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, stored.nbytes)
     try:
         layout = checkpoint.opened(index).plan
-    except _SILENT:
+    except SILENT:
         raise
     except CkptdError as error:
         return Damage(stored.name, begin, end, (), f"the block does not match its digest; {error.what}")

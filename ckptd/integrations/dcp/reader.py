@@ -28,8 +28,8 @@ from ckptd.client.tensors import DTYPES
 from ckptd.errors import CorruptCheckpoint, InvalidRequest, StateMismatch
 from ckptd.image import TensorRef
 from ckptd.integrations.dcp import objects
+from ckptd.integrations.dcp.place_of import PlaceOf
 from ckptd.layout.tiles import Tiles
-from ckptd.storage import place
 from ckptd.storage.reading import Checkpoint, open_checkpoint
 from ckptd.storage.transfer import Job
 
@@ -37,7 +37,7 @@ _BATCH_BYTES: Final = 128 << 20  # of tensors that are filled through buffers, a
 _BATCH_ITEMS: Final = 4096
 
 
-class Reader(StorageReader):
+class Reader(PlaceOf, StorageReader):
     """Reads the checkpoint at `url`: each block of it that is needed, verified before it reaches a tensor.
 
     Args:
@@ -51,32 +51,17 @@ class Reader(StorageReader):
     """
 
     def __init__(self, url: str | os.PathLike[str] | None = None) -> None:
-        super().__init__()
-        self._url = "" if url is None else os.fspath(url)
+        super().__init__(url)
         self._checkpoint: Checkpoint | None = None
         self._items: dict[str, Any] = {}
         self._rank = 0
-
-    @property
-    def checkpoint_id(self) -> str:
-        return self._url
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it names a place for a checkpoint."""
-        try:
-            place.parse(os.fspath(checkpoint_id))
-        except InvalidRequest:
-            return False
-        return True
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new load begins; from `checkpoint_id`, where one is given."""
         if self._checkpoint is not None:
             self._checkpoint.close()
         self._checkpoint, self._items = None, {}
-        if checkpoint_id is not None:
-            self._url = os.fspath(checkpoint_id)
+        self._move(checkpoint_id)
 
     # torch passes the rank only to a parameter that is named `kwargs`.
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

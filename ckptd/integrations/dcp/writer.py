@@ -25,6 +25,7 @@ from ckptd.errors import InvalidRequest, UnsafeObject
 from ckptd.image import Variable
 from ckptd.image.manifest import Manifest
 from ckptd.integrations.dcp import objects
+from ckptd.integrations.dcp.place_of import PlaceOf
 from ckptd.integrations.lines import generation_for, parent_in
 from ckptd.layout import boxes
 from ckptd.storage import catalog, place, writing
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _JOB: Final = "save"  # of a checkpoint whose URL names none, as in `ckptd.save`
 
 
-class Writer(StorageWriter):
+class Writer(PlaceOf, StorageWriter):
     """Writes a checkpoint at `url`; `dcp.save` returns when it is durable and visible, or raises.
 
     Args:
@@ -66,31 +67,16 @@ class Writer(StorageWriter):
         step: int | None = None,
         generation: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(url)
         self.manifest: Manifest | None = None
-        self._url = "" if url is None else os.fspath(url)
         self._job, self._step, self._generation = job, step, generation
         self._rank = 0
         self._target: tuple[Store, writing.Heading] | None = None  # of the save that is going on
 
-    @property
-    def checkpoint_id(self) -> str:
-        return self._url
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it names a place for a checkpoint."""
-        try:
-            place.parse(os.fspath(checkpoint_id))
-        except InvalidRequest:
-            return False
-        return True
-
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """A new save begins; at `checkpoint_id`, where one is given."""
         self.manifest = None
-        if checkpoint_id is not None:
-            self._url = os.fspath(checkpoint_id)
+        self._move(checkpoint_id)
 
     # torch passes rank and use_collectives only to a parameter that is named `kwargs`.
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
