@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import PART_BYTES, QUICK, S3
 from fault_proxy import FaultProxy, Schedule
+from s3kit import PART_BYTES, QUICK, S3
 from storagekit import same, sealed
 
 from ckptd.errors import CkptdError, DeadlineExceeded, Unreachable
