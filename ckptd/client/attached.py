@@ -8,7 +8,7 @@ DDP, `torch.compile` or activation checkpointing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckptd.errors import InvalidRequest
+from ckptd.errors import InvalidRequest, StateMismatch
 
 RESERVED = "ckptd"  # our own part of the objects' tree
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+# What a load_state_dict of somebody else's may raise when the state does not suit it.
+_FOREIGN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @runtime_checkable
@@ -139,6 +141,22 @@ def distinct_modules(attached: Attached) -> list[nn.Module]:
 def has_extra_state(module: nn.Module) -> bool:
     """Whether the module keeps more than its tensors, in the way torch provides for it."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def give_back(name: str, load: Callable[[Any], Any], state: Any) -> None:
+    """Puts a state back by its owner's own method.
+
+    Raises:
+        StateMismatch: the owner refuses it; the message names the owner.
+    """
+    try:
+        load(state)
+    except _FOREIGN as error:
+        raise StateMismatch(
+            f"{name} does not take its state back",
+            f"{type(error).__name__}: {error}",
+            "use the kind of object that was saved; do not go on training with this one",
+        ) from error
 
 
 def with_own_saving(attached: Attached) -> list[str]:

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from ckptd.errors import InvalidRequest
+
 log = logging.getLogger("ckptd")
 
 # Devices whose copies can be ordered behind what runs on them; copies from all others are waited for.
@@ -51,6 +53,15 @@ class PendingLoss:
     """A loss on its way to the host; a CUDA loss is copied on the side stream."""
 
     def __init__(self, loss: float | torch.Tensor | None, side: SideStreams) -> None:
+        """Where there is no loss, a finite one is assumed.
+
+        Raises:
+            InvalidRequest: a tensor of other than one element.
+        """
+        if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+            raise InvalidRequest(
+                f"a loss is one number, found shape {list(loss.shape)}", next="pass loss.mean()"
+            )
         self._event: DeviceEvent | None = None
         self._host: float | torch.Tensor
         if isinstance(loss, torch.Tensor):

@@ -16,7 +16,7 @@ import torch
 
 from ckptd.client import optimizers as optim
 from ckptd.client.arena import tensor_at
-from ckptd.client.attached import RESERVED, has_extra_state, named_modules
+from ckptd.client.attached import RESERVED, give_back, has_extra_state, named_modules
 from ckptd.client.capture import Origin
 from ckptd.client.random_state import restore_random
 from ckptd.client.state import FORMAT, STATIC, Survey
@@ -26,8 +26,6 @@ from ckptd.image import ImagePlan, TensorRef, cell_digests, decode, read_variabl
 from ckptd.image.digest import digest_of_digests
 
 _NAMED_AT_MOST = 5
-# What a load_state_dict of somebody else's may raise when the state does not suit it.
-_FOREIGN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def verify(image: memoryview, digest: bytes) -> None:
@@ -262,24 +260,13 @@ def _load_objects(stored: _Stored, survey: Survey) -> None:
     extras = stored.tree[RESERVED].get("extra", {})
     for name, module in named_modules(survey.attached):
         if name in extras:
-            _load(f"{name}.extra_state", module.set_extra_state, stored.values(extras[name]))
+            give_back(f"{name}.extra_state", module.set_extra_state, stored.values(extras[name]))
     for name, target in survey.attached.objects.items():
         live = target.state_dict()
         state = stored.values(stored.tree[name], live)
         # A disabled GradScaler has no state, and refuses to be given none.
         if state or live:
-            _load(name, target.load_state_dict, state)
-
-
-def _load(name: str, load: Callable[[Any], Any], state: Any) -> None:
-    try:
-        load(state)
-    except _FOREIGN as error:
-        raise StateMismatch(
-            f"{name} does not take its state back",
-            f"{type(error).__name__}: {error}",
-            "attach the object that was captured; do not go on training with this one",
-        ) from error
+            give_back(name, target.load_state_dict, state)
 
 
 def _write(target: torch.Tensor, source: torch.Tensor) -> None:

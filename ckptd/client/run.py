@@ -10,14 +10,11 @@ run.close()
 
 from __future__ import annotations
 
-import atexit
 import logging
-import mmap
 import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -28,31 +25,25 @@ from torch.optim import Optimizer
 
 from ckptd import errors
 from ckptd.client import optimizers as optim
-from ckptd.client import stored
+from ckptd.client import resuming
 from ckptd.client.attached import Attached
-from ckptd.client.capture import Origin
-from ckptd.client.connection import error_of
 from ckptd.client.copier import Copier
 from ckptd.client.describe import describe
 from ckptd.client.embedded import find_daemon
+from ckptd.client.ending import Ending
 from ckptd.client.estimate import reserve
 from ckptd.client.link import Link, Terms
 from ckptd.client.protection import Bounds, Protection
-from ckptd.client.report import ResumeReport, Skipped, Statistics
-from ckptd.client.restore import restore, verify
+from ckptd.client.report import ResumeReport, Statistics
 from ckptd.client.settings import Environment, Place
+from ckptd.client.settling import make_durable, settle
 from ckptd.client.state import Survey
 from ckptd.failpoints import failpoint
 from ckptd.image import check_name
 from ckptd.storage import marks
 from ckptd.storage.store import open_store
-from ckptd.v1 import local_pb2
 
 log = logging.getLogger("ckptd")
-
-_LEAVE_S = 5.0
-_REASON_CHARACTERS = 100
-_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 def attach(
@@ -157,8 +148,9 @@ class Run:
         self._attached = attached
         self._link = link
         self._bounds = bounds
-        self._copier = Copier()
-        self._protection = Protection(attached, link, self._copier, bounds, audit=audit, eager=eager)
+        copier = Copier()
+        self._protection = Protection(attached, link, copier, bounds, audit=audit, eager=eager)
+        self._ending = Ending(self._protection, copier, link, bounds.timeout_s)
         self._eager = eager
         self._step = 0
         self._resumed = False
@@ -166,12 +158,10 @@ class Run:
         self._blocked_s = 0.0
         # Hooks of optimizers that step inside backward run on autograd's threads.
         self._lock = threading.RLock()
-        self._armed = True
         self._hooks = []
         if not eager:
             for index, optimizer in enumerate(attached.optimizers.values()):
                 self._hooks.append(optimizer.register_step_pre_hook(self._hook_of(index)))
-        _runs.add(self)
 
     @property
     def rank(self) -> int:
@@ -225,18 +215,8 @@ class Run:
                 raise errors.InvalidRequest(
                     "it is too late to resume", f"{self._step} steps are done", "call resume() first"
                 )
-            located, fd = self._locate(timeout_s)
-            if fd is None and (kept := self._stored()).url:
-                return self._resume_stored(kept)
-            if fd is not None:
-                self._load(located, fd)
-            self._begin(located.step)
-            skipped = tuple(Skipped(s.generation, s.step, s.why) for s in located.skipped)
-            generation = located.generation if located.step else self.generation
-            report = ResumeReport(
-                located.step, located.rung or "none", located.verified, generation, skipped=skipped
-            )
-            log.info("resumed at step %d (%s)", report.step, report.rung)
+            report = resuming.resume(self._link, self._attached, timeout_s)
+            self._begin(report.step)
             return report
 
     def step(self, loss: float | torch.Tensor | None = None) -> None:
@@ -255,11 +235,12 @@ class Run:
         with self._blocked():
             self._check_usable()
             if not self._resumed:
-                self._begin_unasked()
+                resuming.check_fresh(self._link, self._bounds.timeout_s)
+                self._begin(0)
             self._protection.capture.fence_all()
             self._wait_for_lag()
             self._step += 1
-            self._protection.complete(self._step, _scalar(loss))
+            self._protection.complete(self._step, loss)
             self._lag_checked = False
             if self._eager:
                 self._wait_for_lag()
@@ -268,7 +249,7 @@ class Run:
     def fence(self) -> None:
         """Call before anything changes parameters or optimizer state without a torch optimizer's step()."""
         with self._blocked():
-            if self._armed:
+            if self._ending.armed:
                 self._protection.capture.fence_all()
                 self._wait_for_lag()
 
@@ -301,8 +282,9 @@ class Run:
         deadline = time.monotonic() + timeout_s
         with self._blocked():
             self._check_usable()
-            self._protection.settle(self._step, protected=wait == "protected", deadline=deadline)
-            url = self._flush(deadline) if wait == "durable" else None
+            protected = wait == "protected"
+            settle(self._protection, self._link, self._step, protected=protected, deadline=deadline)
+            url = make_durable(self._link, self._step, deadline) if wait == "durable" else None
         if url and name and self.rank == 0:
             marks.pin(open_store(url), name, time.time())
         return url
@@ -317,20 +299,21 @@ class Run:
         """Returns what happened so far."""
         with self._lock:
             protection, view = self._protection, self._link.view
-            if self._armed:
-                protection.collect()
+            outcomes = protection.outcomes
+            if self._ending.armed:
+                outcomes.collect()
             return Statistics(
                 step=self._step,
-                captured=protection.captured,
-                dropped=dict(protection.dropped),
-                voided=protection.voided,
+                captured=outcomes.captured,
+                dropped=dict(outcomes.dropped),
+                voided=outcomes.voided,
                 audits=protection.capture.audits,
                 protected_step=view.watermark,
                 lag_steps=view.lag(self._step),
                 blocked_s=self._blocked_s,
                 lag_wait_s=protection.lag_wait_s,
                 copied_bytes=protection.capture.copied_bytes,
-                replans=protection.replans,
+                replans=protection.room.replans,
                 reconnects=self._link.reconnects,
                 detached=self._link.detached,
                 volatile=tuple(sorted(protection.capture.moved)),
@@ -347,7 +330,11 @@ class Run:
         Args:
             park: keep the memory, so that a later run may resume from it.
         """
-        self._end(park)
+        with self._lock:
+            if self._ending.armed:
+                for hook in self._hooks:
+                    hook.remove()
+                self._ending.close(park=park)
 
     def __enter__(self) -> Run:
         return self
@@ -356,36 +343,13 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._end(park=False)
+            self.close()
         else:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """This process ends because of an error: the job hears of it before the interpreter is done.
-
-        What it captured stays, and may be resumed from.
-        """
-        if self._armed:
-            self._leave()
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:_REASON_CHARACTERS]
-            self._link.tell(local_pb2.TrainerMessage(failing=local_pb2.Failing(reason=reason)), _LEAVE_S)
-            self._link.flush(_LEAVE_S)
-            self._link.close(park=None)
-
-    def _end(self, park: bool) -> None:
-        with self._lock:
-            if not self._armed:
-                return
-            self._armed = False
-            for hook in self._hooks:
-                hook.remove()
-            self._protection.close(time.monotonic() + self._bounds.timeout_s)
-            self._copier.close(self._bounds.timeout_s)
-            self._link.close(park=None if self._link.fatal is not None else park)
+            self._ending.fail(error)
 
     def _hook_of(self, index: int) -> Any:
         def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if self._armed:
+            if self._ending.armed:
                 with self._blocked():
                     self._protection.capture.fence(index)
                     self._wait_for_lag()
@@ -398,72 +362,13 @@ class Run:
             self._lag_checked = True
             self._protection.wait_for_lag(self._step + 1)
 
-    def _locate(self, timeout_s: float) -> tuple[local_pb2.Located, int | None]:
-        message = local_pb2.TrainerMessage(locate=local_pb2.Locate())
-        arrival = self._link.request(message, "located", timeout_s)
-        return arrival.message.located, arrival.fd
-
-    def _flush(self, deadline: float) -> str:
-        message = local_pb2.TrainerMessage(flush=local_pb2.Flush(step=self._step))
-        arrival = self._link.request(message, "flushed", max(0.0, deadline - time.monotonic()))
-        flushed = arrival.message.flushed
-        if not flushed.url:
-            raise error_of(local_pb2.Failure(error=flushed.error))
-        return flushed.url
-
-    def _load(self, located: local_pb2.Located, fd: int) -> None:
-        begin = located.slot * located.slot_bytes
-        end = begin + located.image_bytes
-        try:
-            if os.fstat(fd).st_size < end:
-                raise errors.CorruptImage(
-                    "the arena is shorter than the daemon says", f"{end:,} bytes expected"
-                )
-            # Private: nothing that happens here can change the image.
-            private = mmap.mmap(fd, end, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        finally:
-            os.close(fd)
-        private.madvise(mmap.MADV_DONTFORK)
-        origin = Origin(self._link.terms.job, self.rank, self.world_size)
-        image = memoryview(private)[begin:end]
-        verify(image, located.digest)
-        restore(image, Survey(self._attached), origin, located.step)
-
-    def _stored(self) -> stored.Newest:
-        """The checkpoint in the node's store that this job would go on from."""
-        store = self._link.welcome.store
-        return stored.newest(store, self._link.terms.job) if store else stored.Newest("", ())
-
-    def _resume_stored(self, kept: stored.Newest) -> ResumeReport:
-        store, job = self._link.welcome.store, self._link.terms.job
-        report = stored.resume(store, job, kept, self._attached, self.rank, self.world_size)
-        resumed = local_pb2.Resumed(generation=report.generation, step=report.step)
-        self._link.tell(local_pb2.TrainerMessage(resumed=resumed))
-        self._begin(report.step)
-        log.info("resumed at step %d from %s", report.step, store)
-        return report
-
     def _begin(self, step: int) -> None:
         self._step = step
         self._link.view.floor = step
         self._resumed = True
 
-    def _begin_unasked(self) -> None:
-        """The first step without resume(): fine on a fresh start only."""
-        located, fd = self._locate(self._bounds.timeout_s)
-        if fd is not None:
-            os.close(fd)
-        kept = "" if fd is not None else self._stored().url
-        if fd is not None or kept:
-            raise errors.InvalidRequest(
-                f"job {self._link.terms.job} has a state to resume from, {kept or f'step {located.step}'}",
-                "this run would leave it behind",
-                "call run.resume() before the first step, or choose another job name",
-            )
-        self._begin(0)
-
     def _check_usable(self) -> None:
-        if not self._armed:
+        if not self._ending.armed:
             raise errors.InvalidRequest("this run is over", "it was closed, or this is a forked child")
         if self._link.fatal is not None:
             raise self._link.fatal
@@ -478,26 +383,6 @@ class Run:
             finally:
                 self._blocked_s += time.perf_counter() - began
 
-    def _leave(self) -> None:
-        """The process ends without close(): finishes the snapshot under way; the daemon keeps the memory."""
-        if self._armed:
-            self._armed = False
-            self._protection.capture.finish(time.monotonic() + _LEAVE_S)
-            self._copier.close(_LEAVE_S)
-
-    def _disarm(self) -> None:
-        """In a forked child: the hooks do nothing, and the socket is the parent's alone."""
-        self._armed = False
-        self._link.disarm()
-
-
-def _scalar(loss: float | torch.Tensor | None) -> float | torch.Tensor | None:
-    if isinstance(loss, torch.Tensor) and loss.numel() != 1:
-        raise errors.InvalidRequest(
-            f"a loss is one number, found shape {list(loss.shape)}", next="pass loss.mean()"
-        )
-    return loss
-
 
 def _check_numbers(*, every: int, slots: int | None, max_lag: int | None, audit: int, capture: str) -> None:
     wrong = [
@@ -510,27 +395,3 @@ def _check_numbers(*, every: int, slots: int | None, max_lag: int | None, audit:
     for is_wrong, what in wrong:
         if is_wrong:
             raise errors.InvalidRequest(what)
-
-
-def _disarm_all() -> None:
-    for run in list(_runs):
-        run._disarm()
-
-
-def _end_all() -> None:
-    """At the interpreter's end: no thread of ours may be inside torch when it goes."""
-    for run in list(_runs):
-        run._leave()
-
-
-def _fail_all(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What nobody caught ends the process: every run says so, then the error is shown as always."""
-    for run in list(_runs):
-        run._fail(error)
-    _shown_by(kind, error, trace)
-
-
-_shown_by = sys.excepthook
-sys.excepthook = _fail_all
-os.register_at_fork(after_in_child=_disarm_all)
-atexit.register(_end_all)

@@ -7,9 +7,10 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ckptd.client.attached import RESERVED, Attached, has_extra_state, named_modules
-from ckptd.client.loading import Loading, give
+from ckptd.client.attached import RESERVED, Attached, give_back, has_extra_state, named_modules
+from ckptd.client.loading import Loading
 from ckptd.client.loading import open as open_for_load
+from ckptd.client.matching import match
 from ckptd.client.random_state import restore_random
 from ckptd.client.ranks import Ranks
 from ckptd.client.report import ResumeReport, Skipped
@@ -116,14 +117,23 @@ def resume(
 def _load(found: Newest, attached: Attached, rank: int, world_size: int) -> ResumeReport:
     with open_for_load(found.url) as checkpoint:
         manifest = checkpoint.manifest
-        loading = Loading(checkpoint, of_attached(attached), rank)
-        loading.match(strict=True, allow_missing=False, allow_unexpected=_OTHER_RANKS, cast=False)
+        state = of_attached(attached)
+        matched = match(
+            checkpoint,
+            state,
+            rank,
+            strict=True,
+            allow_missing=False,
+            allow_unexpected=_OTHER_RANKS,
+            cast=False,
+        )
+        loading = Loading(checkpoint, state, matched)
         loading.run()
-        own = loading.tree.get(RESERVED, {})
+        own = matched.tree.get(RESERVED, {})
         extras = own.get("extra", {})
         for name, module in named_modules(attached):
             if has_extra_state(module) and name in extras:
-                give(f"{name}.extra_state", module.set_extra_state, loading.resolved(extras[name]))
+                give_back(f"{name}.extra_state", module.set_extra_state, loading.resolved(extras[name]))
         changed = None
         if manifest.world_size != world_size:
             changed = f"{manifest.world_size} ranks, now {world_size}"

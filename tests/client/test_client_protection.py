@@ -85,15 +85,24 @@ def test_the_lag_wait_ends_when_the_step_is_protected(
 
 
 def test_waiting_in_vain_is_reported_once_and_not_repeated(
-    fake: Start, socket_path: Path, caplog: pytest.LogCaptureFixture
+    fake: Start, socket_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon = fake(protect=False)
     trainee = plain()
-    with attach(trainee, socket_path, max_lag=1, max_lag_wait_s=0.2, audit=0, slots=4) as run:
+    # Long enough for the fake daemon's first grants on a busy machine, which are waited for as long.
+    with attach(trainee, socket_path, max_lag=1, max_lag_wait_s=1.0, audit=0, slots=4) as run:
         run.resume()
+        waits: list[bool] = []
+        wait_until = run._link.wait_until
+
+        def watched(condition: Callable[[], bool], deadline: float) -> bool:
+            waits.append(wait_until(condition, deadline))
+            return waits[-1]
+
+        monkeypatch.setattr(run._link, "wait_until", watched)
         train(trainee, run, 0, 6)
         waited = run.statistics().lag_wait_s
-        assert 0.2 <= waited < 0.4, "one deadline, not six"
+        assert waits.count(False) == 1 and waited >= 1.0, "one deadline, not six"
         assert sum("without waiting" in r.message for r in caplog.records) == 1
         settle(run)
         daemon.set(watermark=max(daemon.captured))
@@ -112,7 +121,7 @@ def test_nobody_waits_for_protection_that_stands_still(how: str, fake: Start, so
         daemon.wait(lambda d: d.captured == [1])
         daemon.set(**{how: "n2 is away" if how == "paused" else True})
         train(trainee, run, 1, 5)
-        assert run.statistics().lag_wait_s < 5
+        assert run.statistics().lag_wait_s < 30, "no deadline was waited for"
         assert run.statistics().protected_step == 0
 
 
@@ -132,7 +141,7 @@ def test_the_first_audited_step_does_not_stall_a_lag_of_one(fake: Start, socket_
         run.resume()
         train(trainee, run, 0, 5)
         daemon.wait(lambda d: d.captured == [1, 2, 3, 4, 5])
-        assert run.statistics().lag_wait_s < 10
+        assert run.statistics().lag_wait_s < 30, "no deadline was waited for"
 
 
 # Drops
@@ -435,10 +444,14 @@ def test_a_state_that_grows_beyond_the_memory_does_not_end_training(
         growing.marks["big"] = torch.zeros(1 << 19)
         train(trainee, run, 2, 5)
         assert any("protection is off" in record.message for record in caplog.records)
+        assert daemon.plans == 2, "a plan that was refused is not announced again"
         del growing.marks["big"]
         growing.marks["small"] = torch.zeros(1)
         trainee.objects["model"][0].weight.data = trainee.objects["model"][0].weight.data.clone()
-        train(trainee, run, 5, 8)
+        train(trainee, run, 5, 6)
+        for step in (7, 8):
+            granted(run, step)  # training does not wait: it did so in vain
+            train(trainee, run, step - 1, step)
         daemon.wait(lambda d: d.captured[-1] == 8)
 
 
@@ -518,12 +531,12 @@ def test_training_outlives_the_daemon_and_protection_returns_with_it(
         train(trainee, run, 4, 8)
         assert run.statistics().detached
         assert sum("protection is off" in record.message for record in caplog.records) == 1
-        mapping = run._protection._arena
+        mapping = run._protection.room.arena
         daemon = fake(memory=daemon.memory)
         back(trainee, run, 8)
         daemon.wait(lambda d: run.statistics().step in d.captured)
         assert daemon.hellos[0].reconnect
-        assert run._protection._arena is mapping, "the same inode: the mapping is kept"
+        assert run._protection.room.arena is mapping, "the same inode: the mapping is kept"
         assert run.statistics().reconnects == 1
 
 
@@ -533,13 +546,13 @@ def test_a_daemon_that_lost_its_memory_gives_a_new_arena(fake: Start, socket_pat
     with attach(trainee, socket_path, max_lag=2) as run:
         run.resume()
         train(trainee, run, 0, 3)
-        mapping = run._protection._arena
+        mapping = run._protection.room.arena
         daemon.stop()
         train(trainee, run, 3, 4)
         daemon = fake()
         back(trainee, run, 4)
         daemon.wait(lambda d: run.statistics().step in d.images)
-        assert run._protection._arena is not mapping
+        assert run._protection.room.arena is not mapping
         assert_captured(daemon.images[run.statistics().step], state_of(trainee))
 
 

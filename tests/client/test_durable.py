@@ -121,9 +121,9 @@ def test_the_background_flush_makes_steps_durable_without_being_asked(
             steps += 1
         assert run.statistics().dropped == {}, "a flush costs no snapshot"
     wait_for(lambda: not list(store.rglob("*.part")))
-    found = catalog.entries(str(store), "life")
-    assert all(entry.generation == 1 for entry in found)
     lose_memory()
+    found = catalog.entries(str(store), "life")  # nobody writes any more
+    assert all(entry.generation == 1 for entry in found)
     revived = scheduled(99)
     with ckptd.attach("life", max_lag=1, **revived.objects) as run:
         assert run.resume().step == found[-1].step
@@ -247,3 +247,43 @@ def wait_for(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Noted(torch.nn.Linear):
+    """A module that keeps more than its tensors."""
+
+    notes: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.notes
+
+    def set_extra_state(self, state: Any) -> None:
+        self.notes = state
+
+
+def test_the_extra_state_of_a_module_comes_back_from_the_store(store: Path) -> None:
+    def make() -> Trainee:
+        model = Noted(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(i: int) -> None:
+            optimizer.zero_grad()
+            model(torch.full((3, 4), float(i))).sum().backward()
+            optimizer.step()
+            model.notes = {"n": i, "t": torch.full((2,), float(i))}
+
+        return Trainee({"model": model, "optimizer": optimizer}, step)
+
+    trainee = make()
+    with ckptd.attach("life", max_lag=1, **trainee.objects) as run:
+        run.resume()
+        train(trainee, run, 0, 3)
+        run.save(wait="durable")
+    lose_memory()
+    other = make()
+    with ckptd.attach("life", max_lag=1, **other.objects) as run:
+        report = run.resume()
+    assert (report.step, report.rung) == (3, "storage")
+    assert other.objects["model"].notes["n"] == 2
+    assert torch.equal(other.objects["model"].notes["t"], torch.full((2,), 2.0))
+    assert torch.equal(other.objects["model"].weight, trainee.objects["model"].weight)

@@ -58,6 +58,22 @@ def test_a_trainer_imports_no_grpc_and_may_end_without_close(fake: Start, socket
     assert daemon.goodbye is None
 
 
+def test_an_error_that_nobody_catches_is_told_before_the_process_ends(fake: Start, socket_path: Path) -> None:
+    daemon = fake()
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from trainees import plain, attach\n"
+        "t = plain(); run = attach(t, sys.argv[2], max_lag=1); run.resume()\n"
+        "t.step(0); run.step()\n"
+        "1 / 0\n"
+    )
+    command = [sys.executable, "-c", script, str(HERE), str(socket_path)]
+    done = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n"), done.stderr
+    daemon.wait(lambda d: d.failing == "ZeroDivisionError: division by zero" and d.captured == [1])
+
+
 def test_a_forked_child_is_disarmed(fake: Start, socket_path: Path) -> None:
     """A DataLoader worker inherits the optimizer and its hooks, but not the run."""
     daemon = fake()
@@ -99,7 +115,7 @@ def test_the_arena_is_not_inherited(fake: Start, socket_path: Path) -> None:
         run.resume()
         trainee.step(0)
         run.step()
-        arena = run._protection._arena
+        arena = run._protection.room.arena
         assert arena is not None
         address = arena._bytes.data_ptr()
 
