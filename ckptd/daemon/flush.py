@@ -2,6 +2,9 @@
 
 The images are written from the slots that they lie in; those are given to nobody meanwhile.  With a
 background flush every rank has one slot more, so that a flush never costs a snapshot.
+
+A flush is of one generation and its roster: a newer one ends it, wherever it is.  Within a generation the
+first node that gives a step up ends it for all, so that the next step is not held up.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from ckptd.daemon.flush_others import Others, leads, pauses
 from ckptd.daemon.frames import wire_error
 from ckptd.daemon.job import Job, Trainer
 from ckptd.daemon.settings import DaemonSettings
@@ -27,7 +31,7 @@ from ckptd.v1 import local_pb2
 
 log = logging.getLogger("ckptd.flush")
 
-_GLANCE_S = 0.05  # how often the store is asked whether the others are done
+_ASK_FROM_S = 0.5  # a wait with pauses as long as this is a long one: the others are asked, too
 _Key = tuple[str, int, int]  # job, generation, step
 
 
@@ -51,6 +55,7 @@ class Flush:
         self._pace = Pace(settings.flush_bytes_per_s)
         self._tasks: dict[_Key, asyncio.Task[str]] = {}
         self._answers: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def request(self, job: Job, trainer: Trainer, step: int) -> None:
         """A trainer asks for `step`; it hears when it is durable, or why it will not be."""
@@ -87,7 +92,8 @@ class Flush:
                 log.error("not durable within %g s: jobs %s", timeout_s, ", ".join(late))
 
     def close(self) -> None:
-        """Ends the thread once it has done what it is doing."""
+        """Ends the thread; what it writes is left unfinished."""
+        self._closed = True
         for task in [*self._tasks.values(), *self._answers]:
             task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -160,35 +166,84 @@ class Flush:
         offered = await self._in_thread(snapshot.described, images)
         shared: Mapping[int, shares.Share] | None = None
         if len(ranks) > 1:
+            if await self._in_thread(snapshot.is_there, store, offered):
+                return  # a flush of this step is over on other nodes: they offer nothing any more
             parts = [each.part for each in offered]
             await self._in_thread(shares.put_offers, store, parts)
-            if _leads(job):
-                await self._done(job, store, heading, partial(shares.put_when_whole, store, ranks))
-            shared = await self._done(job, store, heading, partial(shares.read, store, parts))
-        spend = self._pace.take if self._pace.bounded else None
+            lacking = partial(shares.lacking, store, ranks)
+            if leads(job):
+                put = partial(shares.put_when_whole, store, ranks)
+                await self._done(job, store, heading, put, lacking)
+            shared = await self._done(job, store, heading, partial(shares.read, store, parts), None)
+        spend = partial(self._spend, job, heading.generation)
         write = partial(snapshot.write_parts, compress=self._settings.compress, spend=spend)
         await self._in_thread(write, store, offered, shared)
 
     async def _published(self, job: Job, store: Store, heading: Heading, ranks: list[int]) -> None:
         """Returns when there is a manifest; publishes it, if this node leads."""
-        publish = partial(snapshot.publish_when_whole, store, heading, ranks)
-        step = publish if _leads(job) else partial(snapshot.is_published, store)
-        await self._done(job, store, heading, step)
+        if leads(job):
+            publish = partial(snapshot.publish_when_whole, store, heading, ranks)
+            await self._done(job, store, heading, publish, partial(snapshot.lacking, store, ranks))
+        else:
+            await self._done(job, store, heading, partial(snapshot.is_published, store), None)
 
-    async def _done(self, job: Job, store: Store, heading: Heading, step: Callable[[], Any]) -> Any:
-        """Calls `step` until it returns something; what it waits for is up to other nodes."""
+    async def _done(
+        self,
+        job: Job,
+        store: Store,
+        heading: Heading,
+        look: Callable[[], Any],
+        lacking: Callable[[], set[int]] | None,
+    ) -> Any:
+        """Calls `look` until it returns something; what it waits for is up to other nodes.
+
+        Args:
+            lacking: the ranks of which there is nothing yet; None: what is awaited is the leader's to write.
+
+        Raises:
+            NotFound: one of those nodes gave the step up, or there is a newer generation.
+            DeadlineExceeded: nobody knows why.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.flush_timeout_s
-        while not (result := await self._in_thread(step)):
+        others, waits = Others(job, heading.step), pauses()
+        while True:
+            pause = next(waits)
+            # Asked before the look: what they had brought before they gave up is found by it.
+            gone = await others.gone() if pause >= _ASK_FROM_S else {}
+            if result := await self._in_thread(look):
+                return result
             self._check_generation(job, heading.generation)
+            if gone and lacking is not None:
+                lacks = await self._in_thread(lacking)
+                gone = {node: ranks for node, ranks in gone.items() if not lacks.isdisjoint(ranks)}
+            if gone:
+                raise NotFound(
+                    f"step {heading.step} of job {job.name} was given up",
+                    f"node {', '.join(gone)} does not bring its part",
+                    "see the log of the daemon there; save a later step",
+                )
             if loop.time() > deadline:
                 raise DeadlineExceeded(
                     f"step {heading.step} of job {job.name} is not whole in {store.url}",
                     f"after {self._settings.flush_timeout_s:g} s some node has not written its part",
                     "see the daemons' logs; all of them need the same store (CKPTD_STORE)",
                 )
-            await asyncio.sleep(_GLANCE_S)
-        return result
+            await self._pause(job, heading.generation, pause)
+
+    async def _pause(self, job: Job, generation: int, seconds: float) -> None:
+        """Returns after so many seconds, or when there is a newer generation."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while job.generation == generation and (left := end - loop.time()) > 0:
+            await self._next_change(left)
+
+    def _spend(self, job: Job, generation: int, nbytes: int) -> None:
+        """Keeps the pace of a write; ends one that nobody needs any more.  Called by the thread."""
+        if self._closed:
+            raise NotFound(f"node {job.node} ends", "its flush was left unfinished")
+        self._check_generation(job, generation)
+        self._pace.take(nbytes)
 
     def _places(self, job: str, generation: int, step: int, start: tuple[int, int]) -> Any:
         url = self._settings.store_url()
@@ -208,11 +263,6 @@ class Flush:
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
-
-def _leads(job: Job) -> bool:
-    """Whether this node is the one that puts together what all nodes bring."""
-    return job.roster.members[0].node == job.node
 
 
 def _images(holding: Holding) -> list[snapshot.SealedImage]:

@@ -112,6 +112,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServicer):
                 cells_damaged=node.scrub.corrupt_cells,
                 cells_healed=node.scrub.healed_cells,
                 scrubbed_bytes=node.scrub.scrubbed_bytes,
+                incarnation=node.incarnation,
             )
 
         return await _answer(context, status)

@@ -72,11 +72,17 @@ def put_when_whole(store: Store, ranks: Sequence[int]) -> bool:
     Raises:
         CorruptCheckpoint: an offer cannot be read.
     """
-    if not set(store.list()).issuperset(map(offer_name, ranks)):
+    if lacking(store, ranks):
         return False
     offers = [Part.read(store.read(offer_name(rank), MAX_RECORD_BYTES)) for rank in ranks]
     store.put(SHARES_NAME, [_written(offers, reckon(offers))])
     return True
+
+
+def lacking(store: Store, ranks: Sequence[int]) -> set[int]:
+    """Returns the ranks whose offer is not there."""
+    there = set(store.list())
+    return {rank for rank in ranks if offer_name(rank) not in there}
 
 
 def read(store: Store, offers: Sequence[Part]) -> Mapping[int, Share] | None:

@@ -83,6 +83,26 @@ def described(images: Sequence[SealedImage]) -> list[Offered]:
     return found
 
 
+def is_there(store: Store, offered: Sequence[Offered]) -> bool:
+    """Whether there is a checkpoint already; it is durable then, and made from these images.
+
+    Raises:
+        AlreadyThere: it is another snapshot's.
+    """
+    if not is_published(store):
+        return False
+    manifest = Manifest.read(store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
+    roots = {stored.rank: stored.root for stored in manifest.objects} | shares.roots(store)
+    for each in offered:
+        if roots.get(each.part.rank) != each.part.root:
+            raise AlreadyThere(
+                f"another checkpoint is at {store.url}",
+                "a job of the same name wrote it in an earlier life, of which nobody here knows",
+                "give this job another name, or another store",
+            )
+    return True
+
+
 def write_parts(
     store: Store,
     offered: Sequence[Offered],
@@ -105,8 +125,7 @@ def write_parts(
         CorruptImage: bytes in memory are not those that were offered; this part has no record then.
         NoSpace, CkptdError: as the store says.
     """
-    if is_published(store):
-        _check_same(store, offered)
+    if is_there(store, offered):
         return
     for each in offered:
         names = None if shared is None else shared[each.part.rank].names
@@ -129,7 +148,7 @@ def publish_when_whole(store: Store, heading: Heading, ranks: Sequence[int]) -> 
     names = [_record_name(rank) for rank in ranks]
     if not there.issuperset(names):
         # Whoever published may have died, or failed, when some of the records were removed.
-        return is_published(store)
+        return MANIFEST_NAME in there and is_published(store)
     try:
         parts = [Part.read(store.read(name, shares.MAX_RECORD_BYTES)) for name in names]
     except NotFound:  # another one has published meanwhile, and removed them
@@ -139,6 +158,12 @@ def publish_when_whole(store: Store, heading: Heading, ranks: Sequence[int]) -> 
         store.delete(name)
         store.delete(shares.offer_name(rank))
     return True
+
+
+def lacking(store: Store, ranks: Sequence[int]) -> set[int]:
+    """Returns the ranks whose part is not there; none where the manifest is."""
+    there = set(store.list())
+    return {rank for rank in ranks if _record_name(rank) not in there and MANIFEST_NAME not in there}
 
 
 def generations(store: str, job: str) -> catalog.Generations:
@@ -166,18 +191,6 @@ def parent_of(
     own = known.at_most((generation, step - 1))
     # What a rollback left may be of a lower generation than `start`, and nearer; lines know better.
     return own if own is not None and own[0] == generation else known.at_most(start)
-
-
-def _check_same(store: Store, offered: Sequence[Offered]) -> None:
-    manifest = Manifest.read(store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
-    roots = {stored.rank: stored.root for stored in manifest.objects} | shares.roots(store)
-    for each in offered:
-        if roots.get(each.part.rank) != each.part.root:
-            raise AlreadyThere(
-                f"another checkpoint is at {store.url}",
-                "a job of the same name wrote it in an earlier life, of which nobody here knows",
-                "give this job another name, or another store",
-            )
 
 
 def _record_name(rank: int) -> str:

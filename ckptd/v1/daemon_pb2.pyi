@@ -90,7 +90,7 @@ class DaemonStatusRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[_common_pb2.Header, _Mapping]] = ...) -> None: ...
 
 class DaemonStatusReply(_message.Message):
-    __slots__ = ("protocol", "node", "pid", "embedded", "coordinator_connected", "jobs", "memory", "memory_limit_bytes", "memory_dir", "survives", "kernel", "cells_refused", "cells_damaged", "cells_healed", "scrubbed_bytes")
+    __slots__ = ("protocol", "node", "pid", "embedded", "coordinator_connected", "jobs", "memory", "memory_limit_bytes", "memory_dir", "survives", "kernel", "cells_refused", "cells_damaged", "cells_healed", "scrubbed_bytes", "incarnation")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class DaemonStatusReply(_message.Message):
     CELLS_DAMAGED_FIELD_NUMBER: _ClassVar[int]
     CELLS_HEALED_FIELD_NUMBER: _ClassVar[int]
     SCRUBBED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     node: str
     pid: int
@@ -121,7 +122,8 @@ class DaemonStatusReply(_message.Message):
     cells_damaged: int
     cells_healed: int
     scrubbed_bytes: int
-    def __init__(self, protocol: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., embedded: _Optional[bool] = ..., coordinator_connected: _Optional[bool] = ..., jobs: _Optional[_Iterable[_Union[_coordinator_pb2.JobReport, _Mapping]]] = ..., memory: _Optional[_Iterable[_Union[JobMemory, _Mapping]]] = ..., memory_limit_bytes: _Optional[int] = ..., memory_dir: _Optional[str] = ..., survives: _Optional[str] = ..., kernel: _Optional[str] = ..., cells_refused: _Optional[int] = ..., cells_damaged: _Optional[int] = ..., cells_healed: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, protocol: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., embedded: _Optional[bool] = ..., coordinator_connected: _Optional[bool] = ..., jobs: _Optional[_Iterable[_Union[_coordinator_pb2.JobReport, _Mapping]]] = ..., memory: _Optional[_Iterable[_Union[JobMemory, _Mapping]]] = ..., memory_limit_bytes: _Optional[int] = ..., memory_dir: _Optional[str] = ..., survives: _Optional[str] = ..., kernel: _Optional[str] = ..., cells_refused: _Optional[int] = ..., cells_damaged: _Optional[int] = ..., cells_healed: _Optional[int] = ..., scrubbed_bytes: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class JobMemory(_message.Message):
     __slots__ = ("job", "owner_uid", "arena_bytes", "parity_bytes", "images_held")

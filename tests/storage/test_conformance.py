@@ -21,12 +21,17 @@ from ckptd.storage.remote_store import FsspecStore
 from ckptd.storage.store import SCRATCH_PREFIX, AlreadyThere, Store, open_store
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "file-url", "memory", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         request.getfixturevalue("s3")
         return f"s3://tests/{uuid.uuid4().hex}"
-    return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    urls = {
+        "local": str(tmp_path),
+        "file-url": f"file://{tmp_path}",
+        "memory": f"memory://{uuid.uuid4().hex}",
+    }
+    return urls[request.param]
 
 
 @pytest.fixture
