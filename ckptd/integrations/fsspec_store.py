@@ -4,7 +4,8 @@
 
 A path is `JOB/step-N[.gG]/FILE` in the configured store (`CKPTD_STORE`); no daemon is needed.  A checkpoint's
 files are not there for anyone until `.metadata` is renamed to its place, which is how DCP says that all of
-them are written: that publishes the manifest, with the digests of all files, and from then on nothing in the
+them are written, or until the fsspec transaction ends in which they are written, which is how Lightning saves
+its one file: that publishes the manifest, with the digests of all files, and from then on nothing in the
 directory changes.  Reading verifies the digests.
 
 The files are DCP's own, and `.metadata` is a pickle: whoever reads them with DCP trusts who wrote them.  The
@@ -18,23 +19,23 @@ import errno
 import io
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fsspec import AbstractFileSystem
+from fsspec.transaction import Transaction
 
 from ckptd.errors import InvalidRequest, NotFound
-from ckptd.image import DIGEST_BYTES, check_name
-from ckptd.image.digest import digest_of_digests
-from ckptd.image.digest_table import HEAD_BYTES, TABLE_SUFFIX, read_table, table_bytes, write_table
-from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, StoredObject
+from ckptd.image import check_name
+from ckptd.image.digest_table import TABLE_SUFFIX
+from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ckptd.integrations import drafts
 from ckptd.integrations.lines import generation_for, parent_in
-from ckptd.integrations.streams import VerifiedFile, WrittenFile
+from ckptd.integrations.streams import VerifiedFile
 from ckptd.storage import catalog, place
 from ckptd.storage.reading import Checkpoint
-from ckptd.storage.store import AlreadyThere, Store, open_store
-from ckptd.storage.writing import Digesting
+from ckptd.storage.store import AlreadyThere, open_store
 
 COMMIT: Final = ".metadata"  # the file whose appearance says that a DCP checkpoint is complete
 _COMMIT_OF_RANK: Final = re.compile(r"__[0-9]+\.metadata")
@@ -55,15 +56,17 @@ class _Where:
         return "/".join(self.path.split("/")[:2])
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A checkpoint that this file system is writing."""
+class _Transaction(Transaction):  # type: ignore[misc]  # fsspec has no types
+    """The files written in it are whole checkpoints when it ends."""
 
-    store: Store
-    job: str
-    step: int
-    generation: int
-    parent: tuple[int, int] | None
+    def complete(self, commit: bool = True) -> None:
+        files: CkptdFileSystem = self.fs
+        whole = False
+        try:
+            super().complete(commit)
+            whole = commit
+        finally:
+            files._end_transaction(whole)
 
 
 class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -82,13 +85,15 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     protocol = "ckptd"
     # What is being written is known to one instance: each user gets its own.
     cachable = False
+    transaction_type = _Transaction
 
     def __init__(self, store: str | None = None, **options: Any) -> None:
         super().__init__(store=store, **options)
         self._store = store or place.store_url()
         self._lock = threading.Lock()
-        self._drafts: dict[str, _Draft] = {}  # by directory
+        self._drafts: dict[str, drafts.Draft] = {}  # by directory
         self._opened: dict[str, Checkpoint] = {}  # by directory
+        self._in_transaction: list[_Where] = []
         if self._store.startswith(place.SCHEME):
             raise InvalidRequest(f"{self._store} is no store", next="set CKPTD_STORE to a folder or bucket")
 
@@ -125,7 +130,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
         self._where(path)
 
-    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BufferedIOBase:
+    def _open(self, path: str, mode: str = "rb", autocommit: bool = True, **_: Any) -> io.BufferedIOBase:
         if mode == "rb":
             where = self._reading(path)
             if where.file is None:
@@ -139,7 +144,10 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         where = self._writing(path)
         assert where.file is not None
         with _os_errors(path):
-            return _writer(self._draft(where).store, where.file)
+            file = drafts.writer(self._draft(where).store, where.file)
+        if not autocommit:
+            self._in_transaction.append(where)
+        return file
 
     def mv(self, path1: str, path2: str, **_: Any) -> None:
         """Renames a file of a checkpoint that is being written; as `.metadata`, it is the commit."""
@@ -155,12 +163,13 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             )
         with _os_errors(path1):
             draft = self._draft(old)
-            with _unpublished(draft.store, old.file) as source, _writer(draft.store, new.file) as target:
+            source, target = drafts.unpublished(draft.store, old.file), drafts.writer(draft.store, new.file)
+            with source, target:
                 while piece := source.read(_COPY_BYTES):
                     target.write(piece)
-            _delete(draft.store, old.file)
+            drafts.delete(draft.store, old.file)
             if new.file == COMMIT:
-                _publish(draft)
+                drafts.publish(draft)
                 self._forget(new.directory)
 
     def rm_file(self, path: str) -> None:
@@ -170,13 +179,16 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             why = "files of a checkpoint stay; remove it whole: rm(directory, recursive=True)"
             raise PermissionError(errno.EPERM, why, path)
         assert where.file is not None
-        _delete(self._drafts[where.directory].store, where.file)
+        drafts.delete(self._drafts[where.directory].store, where.file)
 
     def rm(self, path: str | list[str], recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Removes files that are being written, or whole checkpoints: all generations, if none is named."""
+        """Removes files that are being written, or whole checkpoints: all generations, if none is named.
+
+        A checkpoint of one file is removed by that file's name, too; recursively, as any other.
+        """
         for one in [path] if isinstance(path, str) else path:
             where = self._reading(one)
-            if where.file is not None:
+            if where.file is not None and not (recursive and self._is_all(where)):
                 self.rm_file(one)
             elif where.wanted is None or where.wanted.step is None or not recursive:
                 raise PermissionError(errno.EPERM, "only a checkpoint is removed, and only recursively", one)
@@ -225,9 +237,8 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             if draft is None:
                 sizes = {o.name: o.nbytes for o in self._checkpoint(where).manifest.objects}
             else:
-                there = draft.store.list()
-                files = [name for name in there if name + TABLE_SUFFIX in there]
-                sizes = {name: _object(draft.store, name, 0).nbytes for name in files}
+                files = drafts.written(draft.store)
+                sizes = {name: drafts.described(draft.store, name, 0).nbytes for name in files}
         base = where.directory
         return [{"name": f"{base}/{name}", "size": size, "type": "file"} for name, size in sizes.items()]
 
@@ -235,7 +246,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         assert where.file is not None
         draft = self._drafts.get(where.directory)
         if draft is not None:
-            return _object(draft.store, where.file, 0).nbytes
+            return drafts.described(draft.store, where.file, 0).nbytes
         checkpoint = self._checkpoint(where)
         return checkpoint.manifest.objects[_index(checkpoint, where.file)].nbytes
 
@@ -243,7 +254,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         assert where.file is not None
         draft = self._drafts.get(where.directory)
         if draft is not None:
-            return _unpublished(draft.store, where.file)
+            return drafts.unpublished(draft.store, where.file)
         checkpoint = self._checkpoint(where)
         index = _index(checkpoint, where.file)
         return VerifiedFile.buffered(checkpoint.open(index), checkpoint.digests(index), where.file)
@@ -259,7 +270,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
     # What is written
 
-    def _draft(self, where: _Where) -> _Draft:
+    def _draft(self, where: _Where) -> drafts.Draft:
         """The checkpoint that a file is written to; the first file decides its generation."""
         wanted = where.wanted
         assert wanted is not None and wanted.step is not None
@@ -274,8 +285,31 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
                     raise AlreadyThere(f"a checkpoint is at {where.directory}", "files are written once")
                 parent = parent_in(known, wanted.step, generation)
                 store = catalog.job_store(self._store, wanted.job).inside(entry.directory)
-                self._drafts[where.directory] = _Draft(store, wanted.job, wanted.step, generation, parent)
+                draft = drafts.Draft(store, wanted.job, wanted.step, generation, parent)
+                self._drafts[where.directory] = draft
             return self._drafts[where.directory]
+
+    def _end_transaction(self, whole: bool) -> None:
+        names: dict[str, list[str]] = {}  # by directory
+        for where in self._in_transaction:
+            assert where.file is not None
+            names.setdefault(where.directory, []).append(where.file)
+        self._in_transaction.clear()
+        for directory, files in names.items():
+            draft = self._drafts[directory]
+            if whole:
+                with _os_errors(directory):
+                    drafts.publish(draft, files)
+            else:
+                for name in files:
+                    drafts.delete(draft.store, name)
+            self._forget(directory)
+
+    def _is_all(self, where: _Where) -> bool:
+        if where.directory in self._drafts:
+            return False
+        with _os_errors(where.path):
+            return [stored.name for stored in self._checkpoint(where).manifest.objects] == [where.file]
 
     def _remove(self, where: _Where, wanted: place.Wanted) -> None:
         entries = catalog.entries(self._store, wanted.job)
@@ -295,66 +329,12 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             self._opened.pop(directory, None)
 
 
-def _writer(store: Store, name: str) -> WrittenFile:
-    def put(pieces: Iterable[bytes]) -> None:
-        _delete(store, name)  # what an earlier try left
-        stream = Digesting(pieces)
-        store.put(name, stream)
-        store.put(name + TABLE_SUFFIX, [write_table(stream.nbytes, stream.digests())])
-
-    return WrittenFile(put)
-
-
-def _delete(store: Store, name: str) -> None:
-    """Removes a file; without its digests it does not count."""
-    store.delete(name + TABLE_SUFFIX)
-    store.delete(name)
-
-
-def _object(store: Store, name: str, number: int) -> StoredObject:
-    """A file that is written, as a manifest describes it."""
-    with store.open(name) as reader:
-        nbytes = reader.size
-    table = store.read(name + TABLE_SUFFIX, table_bytes(nbytes))
-    root = digest_of_digests(table[HEAD_BYTES:])
-    read_table(name, table, nbytes, root)
-    return StoredObject(name, nbytes, root, number)
-
-
-def _unpublished(store: Store, name: str) -> io.BufferedReader:
-    found = _object(store, name, 0)
-    digests = store.read(name + TABLE_SUFFIX, table_bytes(found.nbytes))[HEAD_BYTES:]
-    assert len(digests) % DIGEST_BYTES == 0
-    return VerifiedFile.buffered(store.open(name), digests, name)
-
-
 def _index(checkpoint: Checkpoint, name: str) -> int:
     for index, stored in enumerate(checkpoint.manifest.objects):
         if stored.name == name:
             return index
     count = len(checkpoint.manifest.objects)
     raise NotFound(f"{name} is not in {checkpoint.store.url}", f"it has {count} files")
-
-
-def _publish(draft: _Draft) -> None:
-    """Writes the manifest of all files that have their digests.
-
-    A file that an earlier try with more ranks left is among them: DCP's own index does not name it.
-    """
-    there = draft.store.list()
-    names = [name for name in there if name + TABLE_SUFFIX in there]
-    files = tuple(_object(draft.store, name, number) for number, name in enumerate(names))
-    manifest = Manifest(
-        draft.job, draft.generation, draft.step, "files", 1, files, tensors=(), parent=draft.parent
-    )
-    data = manifest.write()
-    Manifest.read(data)  # what we cannot read ourselves is never published
-    try:
-        draft.store.put_if_absent(MANIFEST_NAME, data)
-    except AlreadyThere:
-        # The answer to an earlier try of ours may have been lost.
-        if draft.store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) != data:
-            raise
 
 
 @contextlib.contextmanager

@@ -189,6 +189,10 @@ class WrittenFile(io.BufferedIOBase):
             if pump.error is not None:
                 raise pump.error
 
+    def commit(self) -> None:
+        """What fsspec calls at the end of a transaction."""
+        self.close()
+
     def discard(self) -> None:
         """Gives the file up; nothing of it stays."""
         if self._pump is not None:

@@ -13,8 +13,11 @@ PACKAGE = Path(ckptd.__file__).parent
 ROOT = PACKAGE.parent
 
 # The only uses of what is forbidden below.  DCP's planners take an object as torch.save's bytes and nothing
-# else: the reader makes them in memory, from values that it decoded from JSON.
-ALLOWED = frozenset({"ckptd/integrations/dcp/reader.py torch.save"})
+# else: the reader makes them in memory, from values that it decoded from JSON.  Lightning's `meta.pt` is such
+# bytes by its own format; Lightning reads it.
+ALLOWED = frozenset(
+    {"ckptd/integrations/dcp/reader.py torch.save", "ckptd/integrations/lightning.py torch.save"}
+)
 
 _LINE = re.compile(r":\d+")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
