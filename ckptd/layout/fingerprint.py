@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,8 @@ _KEY = 0x636B707464_0001  # "ckptd", first version
 _GOLDEN = 0x9E3779B97F4A7C15
 _SEGMENT = 4096  # a dimension's weights are products of two tables, so that long dimensions need no long ones
 _INNER = 8192  # elements: at most so many in a row of weights that is made of several dimensions
-_CHUNK = 65536  # elements: what a kernel gets at once; 512 KiB as words, which a core's cache holds
+_CHUNK = 1 << 19  # elements: what a kernel gets at once, and what is copied of a box that is not contiguous
+_ROWS = 8192  # at most so many of them, as the sums of rows of few elements shall stay in a core's cache
 
 
 def fingerprint(
@@ -60,9 +62,12 @@ def add(parts: Sequence[int]) -> int:
     return sum(parts) & _MASK
 
 
-def row_sums(bits: NDArray[np.generic], weights: Words) -> Words:
+def row_sums(bits: NDArray[Any], weights: Words) -> Words:
     """[n]: `sum(bits * weights, axis=1)` mod 2^64, of unsigned `bits` [n, m] in any memory order."""
-    sums: Words = np.einsum("ij,j->i", bits.astype(np.uint64), weights)
+    if bits.shape[1] < 8:  # in rows of so few, einsum takes longer to widen them than this
+        bits = bits.astype(np.uint64)
+    # einsum widens the bits some thousand at a time, which are still in the core's nearest cache when used.
+    sums: Words = np.einsum("ij,j->i", bits, weights)
     return sums
 
 
@@ -144,7 +149,7 @@ def _split(bits: NDArray[np.generic], dims: list[tuple[int, int]], kernel: Kerne
 
 
 def _sum(bits: NDArray[np.generic], factors: list[Words], kernel: Kernel) -> int:
-    """The weighted sum, a cache's worth of rows at a time."""
+    """The weighted sum, some rows at a time."""
     inner = factors[-1]
     dims = len(factors) - 1
     while dims > 0 and inner.size * factors[dims - 1].size <= _INNER:
@@ -154,7 +159,7 @@ def _sum(bits: NDArray[np.generic], factors: list[Words], kernel: Kernel) -> int
         return int(kernel(bits.reshape(1, -1), inner)[0])
     rows = factors[dims - 1]
     total = 0
-    step = max(1, _CHUNK // inner.size)
+    step = max(1, min(_CHUNK // inner.size, _ROWS))
     for outer in np.ndindex(*bits.shape[: dims - 1]):
         scale = prod((int(factors[d][i]) for d, i in enumerate(outer)), start=1)
         block = bits[outer]

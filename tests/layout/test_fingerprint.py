@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator
 
 import numpy as np
@@ -91,6 +92,49 @@ def test_long_dimensions_are_cut_at_segments_and_still_add_up(shape: tuple[int, 
         for offset, size in pieces(values.size, shape, 7, 6)
     ]
     assert add(parts) == whole
+
+
+def by_rows(bits: np.ndarray, weights: np.ndarray) -> list[int]:
+    """`row_sums` in Python's integers."""
+    factors = weights.tolist()
+    return [sum(map(operator.mul, row, factors)) & MASK for row in bits.tolist()]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4"])
+def test_sums_of_rows_of_every_length_are_exact(dtype: str) -> None:
+    """Contiguous, strided and transposed ones; the largest weight, so that sums go over 2^64 in every row."""
+    for length in range(1, 301):
+        weights = fingerprint.weights(1, 0, length)
+        weights[-1] = MASK
+        wide = filled((6, 2 * length), dtype, length)
+        wide[2] = np.iinfo(dtype).max
+        tall = np.asfortranarray(wide[:, :length])
+        for bits in (wide[:, :length], wide[::2, ::2], wide[:, :length][:, ::-1], tall):
+            assert fingerprint.row_sums(bits, weights).tolist() == by_rows(bits, weights), length
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4"])
+def test_every_bit_of_an_element_has_its_place(dtype: str) -> None:
+    """All bytes at every place of an element, in rows shorter and longer than einsum's buffer (8,192)."""
+    values = np.repeat(np.arange(256, dtype="u1"), 40).repeat(np.dtype(dtype).itemsize).view(dtype)
+    values = np.ascontiguousarray(values.reshape(-1, 40).T)
+    for box in (values, values.T, values.reshape(1, -1), values[::3, ::-5]):
+        assert of(box) == by_rows(box.reshape(1, -1), of_all(box.shape))[0]
+
+
+def of_all(shape: tuple[int, ...]) -> np.ndarray:
+    """The weights of all elements, row-major."""
+    product = np.ones(1, np.uint64)
+    for dim, n in enumerate(shape):
+        product = np.multiply.outer(product, fingerprint.weights(dim, 0, n)).ravel()
+    return product
+
+
+@pytest.mark.parametrize("shape", [(8193, 2), (8200, 9), (17, 70_001), (70, 9_001)])
+def test_more_rows_than_are_summed_up_at_once(shape: tuple[int, ...]) -> None:
+    values = filled(shape, "u1", 9)
+    assert of(values) == by_rows(values.reshape(1, -1), of_all(shape))[0]
+    assert of(np.asfortranarray(values)) == of(values)
 
 
 def test_a_change_of_one_element_or_place_is_noticed() -> None:

@@ -29,7 +29,7 @@ from ckptd.layout.placements import Placement, Replicate, Shard, Strided
 from ckptd.layout.tiles import Tiles
 
 TP = 8
-ROUNDS = 5
+ROUNDS = 9
 
 
 def shapes() -> Iterator[tuple[str, tuple[int, ...], int | None]]:
@@ -130,6 +130,7 @@ def fingerprints() -> dict[str, Any]:
         ("float8", "u1", 8192),
     ]
     cases += [("float32, rows of 1024", "u4", 1024), ("bfloat16, rows of 1024", "u2", 1024)]
+    cases += [("float8, rows of 1024", "u1", 1024)]
     for name, dtype, columns in cases:
         values = raw.view(dtype).reshape(-1, columns)
         result[name] = speed(lambda values=values: fingerprint.fingerprint(values), raw.nbytes)
