@@ -71,8 +71,8 @@ class Serving:
             own=lambda stripe, first, count: _own_symbol(holding, stripe, first, count),
             timeout_s=self._settings.bulk_timeout_s,
         )
-        for view, digests in decoder.blocks():
-            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells(digests=digests)), [view])
+        for view in decoder.blocks():
+            connection.send(bulk_pb2.BulkHeader(cells=bulk_pb2.Cells()), [view])
 
     async def _holding_of(self, frame: bulk_pb2.BulkHeader) -> Holding:
         order = frame.decode

@@ -20,6 +20,7 @@ from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
 from ckptd.memory.bulk import BLOCK_CELLS, Connection
 from ckptd.memory.holding import chunk_cells, node_digests
 from ckptd.memory.rebuild import Rebuild
+from ckptd.memory.scratch import blocks
 from ckptd.v1 import bulk_pb2
 
 log = logging.getLogger("ckptd.rebuild")
@@ -28,16 +29,8 @@ log = logging.getLogger("ckptd.rebuild")
 class Target(Protocol):
     """Where a lost node's image is to lie; `Holding` is one.  Used from several threads."""
 
-    def data_cells(self, first: int, count: int) -> list[memoryview]:
-        """Writable views of cells first.., in order.
-
-        Only the kernel may write where pages are not taken yet: a full tmpfs is an error of the
-        call then, and no SIGBUS.
-        """
-        ...
-
     def write_cells(self, first: int, cells: memoryview) -> None:
-        """Writes whole cells from cell `first` on."""
+        """Writes whole cells from cell `first` on, whether their pages are taken yet or not."""
         ...
 
 
@@ -73,7 +66,7 @@ def collect(rebuild: Rebuild, target: Target, still_wanted: Callable[[], None]) 
 
     Args:
         rebuild: with the seal records of the whole group.
-        target: every cell is verified where it lies, or before.
+        target: gets verified cells only.
         still_wanted: raises when nobody needs this image any more.
 
     Raises:
@@ -118,7 +111,7 @@ class _Collector:
                 self._target.write_cells(self._first_of(share.chunk) + first, cells)
 
     def _from(self, address: str, left: dict[Share, int]) -> None:
-        """Receives shares where they belong; notes how far it came."""
+        """Takes shares in; notes how far it came."""
         rebuild = self._rebuild
         connection = Connection.open(address, rebuild.timeout_s)
         try:
@@ -139,12 +132,14 @@ class _Collector:
 
     def _receive(self, connection: Connection, chunk: int, first: int, count: int) -> None:
         at = self._first_of(chunk) + first
-        for view in self._target.data_cells(at, count):
-            connection.receive_into(view)
-            cells = len(view) // CELL_BYTES
-            if mismatches(view, self._digests[at * DIGEST_BYTES : (at + cells) * DIGEST_BYTES]):
-                raise CorruptImage("the decoded cells changed on their way")
-            at += cells
+        # Verified while they are in the cache, and then written: a page that is written as a whole
+        # is not zeroed first, as one is that bytes are received into.
+        (block,) = blocks(1)
+        cells = block[: count * CELL_BYTES]
+        connection.receive_into(cells)
+        if mismatches(cells, self._digests[at * DIGEST_BYTES : (at + count) * DIGEST_BYTES]):
+            raise CorruptImage("the decoded cells are not those that were sealed")
+        self._target.write_cells(at, cells)
         self._rebuild.count(count * CELL_BYTES)
 
     def _request(self, share: Share) -> bulk_pb2.BulkHeader:
