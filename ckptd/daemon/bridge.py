@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+import contextlib
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
@@ -32,7 +33,11 @@ class Bridge:
             DeadlineExceeded: the loop is too busy.
             Unreachable: the daemon is ending.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError as error:  # the loop is closed
+            work.close()
+            raise Unreachable(f"node {self._settings.node} has ended") from error
         try:
             return future.result(self._settings.bulk_timeout_s)
         except TimeoutError as error:
@@ -40,6 +45,11 @@ class Bridge:
             raise DeadlineExceeded(f"node {self._settings.node} is too busy") from error
         except CancelledError as error:
             raise Unreachable(f"node {self._settings.node} is ending") from error
+
+    def tell(self, call: Callable[..., object], *arguments: object) -> None:
+        """Has the loop call this soon; a daemon that has ended need not know any more."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     def job_of(self, frame: bulk_pb2.BulkHeader) -> Job:
         """The job of a peer's frame; on the loop.

@@ -84,7 +84,16 @@ class Node:
         self._pulse.set()
         self._pulse = asyncio.Event()
 
-    async def next_change(self, timeout_s: float | None = None) -> None:
+    @property
+    def pulse(self) -> asyncio.Event:
+        """Set at the next change of a fact.
+
+        Who lets others run between looking at the facts and waiting takes it first: what changes
+        in between would not be noticed by `next_change`.
+        """
+        return self._pulse
+
+    async def next_change(self, timeout_s: float) -> None:
         """Returns at the next change of a fact, or after `timeout_s`."""
         # Not wait_for, which in Python 3.11 may swallow the cancellation that ends the daemon.
         with contextlib.suppress(TimeoutError):

@@ -176,16 +176,16 @@ class Protection:
             except CorruptImage as error:
                 if wanted():  # else the slot may be another step's already
                     log.error("step %d cannot be protected: %s", holding.step, error)
-                    self._loop.call_soon_threadsafe(job.give_up, holding)
+                    self._bridge.tell(job.give_up, holding)
 
         return Work(send, wanted)
 
     def _connect(self, node: str, address: str) -> Peer:
         def state(up: bool) -> None:
-            self._loop.call_soon_threadsafe(self._set_reachable, node, up)
+            self._bridge.tell(self._set_reachable, node, up)
 
         def again() -> None:
-            self._loop.call_soon_threadsafe(self._resend_all, node)
+            self._bridge.tell(self._resend_all, node)
 
         return Peer(
             node,

@@ -40,6 +40,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServicer):
         start_sent = request.header.generation
         stop_sent = max(0, start_sent - 1)
         while True:
+            pulse = self._node.pulse  # an order is not sent at once, and the next one may come meanwhile
             job = self._node.jobs.get(request.header.job)
             if job is not None:
                 if job.stop_through > stop_sent:
@@ -54,7 +55,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServicer):
                 if job.finished:
                     yield daemon_pb2.Order(generation=job.generation, finish=daemon_pb2.Finish())
                     return
-            await self._node.next_change()
+            await pulse.wait()
 
     async def Confirm(self, request: daemon_pb2.ConfirmRequest, context: Context) -> daemon_pb2.ConfirmReply:
         async def confirm() -> daemon_pb2.ConfirmReply:

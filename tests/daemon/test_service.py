@@ -20,13 +20,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from ckptd.daemon.job import State, Trainer
 from ckptd.daemon.node import Node
 from ckptd.daemon.server import _control_server, control_socket
+from ckptd.daemon.service import DaemonService
 from ckptd.daemon.settings import DaemonSettings
 from ckptd.erasure import Code
 from ckptd.errors import InvalidRequest
 from ckptd.v1 import common_pb2, coordinator_pb2, daemon_pb2, daemon_pb2_grpc, local_pb2
 
 JOB = "llama"
-SHORT_S = 5.0
+SHORT_S = 20.0
 PLAN = b"p" * 16
 
 
@@ -193,7 +194,7 @@ async def test_submit_without_a_coordinator_says_what_to_do(tmp_path: Path) -> N
         details = await refused(one.stub.Submit(request, timeout=SHORT_S), grpc.StatusCode.INVALID_ARGUMENT)
         assert "has no coordinator" in details and "ckptd coordinator" in details
     async with served(tmp_path) as one:  # a coordinator that is away is passed on as it is
-        await refused(one.stub.Submit(request, timeout=1.0), grpc.StatusCode.UNAVAILABLE)
+        await refused(one.stub.Submit(request, timeout=SHORT_S), grpc.StatusCode.UNAVAILABLE)
 
 
 @looped
@@ -233,6 +234,25 @@ async def test_orders_come_as_they_are_given(tmp_path: Path) -> None:
         one.direct(2, finished=True)
         assert await launcher.late() == ("finish", 2)
         assert await launcher.ended()
+
+
+@looped
+async def test_an_order_that_comes_while_another_is_being_sent_is_not_lost(tmp_path: Path) -> None:
+    async with served(tmp_path) as one:
+        one.start(1)
+        request = daemon_pb2.OrdersRequest(header=header(job=JOB))
+        orders = DaemonService(one.node).Orders(request, None)  # type: ignore[arg-type]  # asks nothing of it
+        try:
+            # The generator stands at its yield, as it does while gRPC sends the order.
+            assert (await anext(orders)).WhichOneof("body") == "start"
+            # The last change that would wake it all the same.
+            await until(lambda: one.job.unreachable == {"n1"}, "nobody answers for n1")
+            one.job.stop_through = 1
+            one.node.changed()
+            async with asyncio.timeout(SHORT_S):
+                assert (await anext(orders)).WhichOneof("body") == "stop"
+        finally:
+            await orders.aclose()
 
 
 @looped
