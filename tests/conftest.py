@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # A line that a test prints to say how much it tried: "66 codes, ...", "seed 7, ...", "demo rank: ...".
 _COUNTED = re.compile(r"^(?:\d[\d,]* [a-z]|seed \d|demo |\S+: \d[\d,]* [a-z])")
@@ -13,6 +14,17 @@ _counted: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="run the full counts (long)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The same examples every time, but for --soak; how long drawing takes is the machine's business.
+    settings.register_profile(
+        "ckptd",
+        deadline=None,
+        derandomize=not config.getoption("--soak"),
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("ckptd")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -53,6 +53,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ):
         monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
         monkeypatch.setenv("CKPTD_MEMORY_DIR", f"{memory}/m")
+        monkeypatch.setenv("CKPTD_STORE", f"{directory}/store")  # a user's own may know jobs of these names
         monkeypatch.setattr(embedded, "SYSTEM_SOCKET", Path(directory) / "no-system-daemon")
         monkeypatch.setattr(embedded.find_daemon, "__defaults__", (Path(directory) / "no-system-daemon",))
         yield Path(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -118,7 +119,13 @@ def main(socket: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=40))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{sys.argv[2]}",
+        rank=int(os.environ["RANK"]),
+        world_size=2,
+        timeout=timedelta(seconds=80),
+    )
     try:
         print(json.dumps(main(sys.argv[1])), flush=True)
     finally:

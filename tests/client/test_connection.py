@@ -106,20 +106,18 @@ def test_a_daemon_that_does_not_read_blocks_nobody_and_is_given_up(
     pair: tuple[Connection, socket.socket],
 ) -> None:
     connection, _ = pair
-    began = time.monotonic()
     with pytest.raises(ConnectionLost, match="does not read"):
         for step in range(1_000_000):
             connection.send(local_pb2.TrainerMessage(progress=local_pb2.Progress(step=step)), 1)
     assert step > 10_000
     assert not connection.flushed()
-    assert time.monotonic() - began < 30
 
 
 def test_waiting_ends_at_the_deadline(pair: tuple[Connection, socket.socket]) -> None:
     connection, _ = pair
     began = time.monotonic()
     connection.wait(began + 0.05)
-    assert 0.04 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.04
 
 
 def test_dialing_nobody_fails_at_once(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ from ckptd.storage.lines import Start
 from ckptd.v1 import common_pb2, coordinator_pb2, coordinator_pb2_grpc
 
 Stub = coordinator_pb2_grpc.CoordinatorStub
+DEADLINE_S = 30.0
+# A daemon by hand, held up on a busy machine, is not a silent one: what these tests end is streams.
+SILENCE_S = 30.0
 HEADER = common_pb2.Header(job="llama", timeout_ms=2000)
 SPEC = coordinator_pb2.JobSpec(job="llama", nodes=1, ranks_per_node=1, parity=1, every=1, slots=3)
 
@@ -46,7 +49,11 @@ def submission(**changes: int) -> coordinator_pb2.SubmitRequest:
 async def running(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
     """A coordinator in this process, and a channel to it."""
     settings = CoordinatorSettings(
-        listen="127.0.0.1:0", journal=tmp_path / "journal.sqlite", settle_s=0.1, **options
+        listen="127.0.0.1:0",
+        journal=tmp_path / "journal.sqlite",
+        settle_s=0.1,
+        silence_s=SILENCE_S,
+        **{"store": str(tmp_path / "store"), **options},
     )
     ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(serve(settings, ready.set_result))
@@ -59,7 +66,7 @@ async def running(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[grpc.ai
             yield channel, port
     finally:
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(server, 10)
+        await asyncio.wait_for(server, DEADLINE_S)
 
 
 class Daemon:
@@ -68,7 +75,7 @@ class Daemon:
     def __init__(self, channel: grpc.aio.Channel, node: str, address: str = "127.0.0.1:1") -> None:
         self.node, self.address, self.sequence = node, address, 0
         self.jobs: list[coordinator_pb2.JobReport] = []
-        self.call = Stub(channel).Session(timeout=30)
+        self.call = Stub(channel).Session(timeout=2 * DEADLINE_S)
 
     async def report(self, **fields: object) -> None:
         self.sequence += 1
@@ -94,7 +101,7 @@ class Daemon:
 
         beating = asyncio.create_task(beat())
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 while True:
                     found = await self.call.read()
                     assert found is not grpc.aio.EOF
@@ -122,7 +129,7 @@ async def refused(call: Awaitable[object], code: grpc.StatusCode) -> str:
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_S):
         while not await condition():
             await asyncio.sleep(0.02)
 
@@ -131,17 +138,17 @@ def test_submitting_is_idempotent_and_another_specification_is_refused(tmp_path:
     async def story() -> None:
         async with running(tmp_path) as (channel, _):
             stub = Stub(channel)
-            assert (await stub.Submit(submission(), timeout=2)).created
-            assert not (await stub.Submit(submission(), timeout=2)).created
+            assert (await stub.Submit(submission(), timeout=DEADLINE_S)).created
+            assert not (await stub.Submit(submission(), timeout=DEADLINE_S)).created
             details = await refused(
-                stub.Submit(submission(nodes=2), timeout=2), grpc.StatusCode.INVALID_ARGUMENT
+                stub.Submit(submission(nodes=2), timeout=DEADLINE_S), grpc.StatusCode.INVALID_ARGUMENT
             )
             assert "another specification" in details and "Next:" in details
             for name in ("", "a/b", ".."):
                 request = submission()
                 request.spec.job = request.header.job = name
-                await refused(stub.Submit(request, timeout=2), grpc.StatusCode.INVALID_ARGUMENT)
-            status = await stub.Status(coordinator_pb2.StatusRequest(header=HEADER), timeout=2)
+                await refused(stub.Submit(request, timeout=DEADLINE_S), grpc.StatusCode.INVALID_ARGUMENT)
+            status = await stub.Status(coordinator_pb2.StatusRequest(header=HEADER), timeout=DEADLINE_S)
             assert [job.spec for job in status.jobs] == [SPEC]
             assert status.jobs[0].phase == "forming"
 
@@ -163,17 +170,19 @@ def test_a_job_that_was_rolled_back_does_not_go_on_from_older_memory(tmp_path: P
             everything = coordinator_pb2.StatusRequest(header=common_pb2.Header(timeout_ms=1000))
 
             async def is_known() -> bool:
-                return len((await stub.Status(everything, timeout=2)).nodes) > 0
+                return len((await stub.Status(everything, timeout=DEADLINE_S)).nodes) > 0
 
             await until(is_known)
-            details = await refused(stub.Submit(submission(), timeout=2), grpc.StatusCode.INVALID_ARGUMENT)
+            details = await refused(
+                stub.Submit(submission(), timeout=DEADLINE_S), grpc.StatusCode.INVALID_ARGUMENT
+            )
             assert "rolled back" in details and "n0" in details and "ckptd forget llama" in details
             daemon.jobs = []
             await daemon.report()
 
             async def is_forgotten() -> bool:
                 try:
-                    return (await stub.Submit(submission(), timeout=2)).created
+                    return (await stub.Submit(submission(), timeout=DEADLINE_S)).created
                 except grpc.aio.AioRpcError:
                     return False
 
@@ -195,9 +204,9 @@ def test_calls_without_a_deadline_or_timeout_are_refused(tmp_path: Path) -> None
                 stub.Watch(coordinator_pb2.WatchRequest(header=HEADER)).read(), invalid
             )
             request.header.timeout_ms = 0
-            assert "timeout_ms" in await refused(stub.Status(request, timeout=2), invalid)
+            assert "timeout_ms" in await refused(stub.Status(request, timeout=DEADLINE_S), invalid)
             other = coordinator_pb2.StatusRequest(header=common_pb2.Header(job="other", timeout_ms=1))
-            await refused(stub.Status(other, timeout=2), grpc.StatusCode.NOT_FOUND)
+            await refused(stub.Status(other, timeout=DEADLINE_S), grpc.StatusCode.NOT_FOUND)
 
     asyncio.run(story())
 
@@ -206,7 +215,7 @@ def test_a_session_brings_a_node_into_a_job_and_its_end_makes_it_suspect(tmp_pat
     async def story() -> None:
         async with running(tmp_path) as (channel, _):
             stub = Stub(channel)
-            await stub.Submit(submission(), timeout=2)
+            await stub.Submit(submission(), timeout=DEADLINE_S)
             daemon = Daemon(channel, "n0")
             await daemon.report()
             found = await daemon.directive(lambda d: any(job.HasField("start") for job in d.jobs))
@@ -214,7 +223,7 @@ def test_a_session_brings_a_node_into_a_job_and_its_end_makes_it_suspect(tmp_pat
             assert job.spec == SPEC and job.stop_through == 0
             assert job.roster.generation == 1 and [m.node for m in job.roster.members] == ["n0"]
             assert (job.start.master_address, job.start.master_port) == ("127.0.0.1", 7777)
-            watch = stub.Watch(coordinator_pb2.WatchRequest(header=HEADER), timeout=10)
+            watch = stub.Watch(coordinator_pb2.WatchRequest(header=HEADER), timeout=DEADLINE_S)
             names, last = [], 0
             daemon.call.cancel()
             async for event in watch:
@@ -225,7 +234,7 @@ def test_a_session_brings_a_node_into_a_job_and_its_end_makes_it_suspect(tmp_pat
                     break
             watch.cancel()
             assert names == ["node-joined", "job-formed", "planned", "committed", "started", "node-suspect"]
-            rest = stub.Watch(coordinator_pb2.WatchRequest(header=HEADER, after=last), timeout=10)
+            rest = stub.Watch(coordinator_pb2.WatchRequest(header=HEADER, after=last), timeout=DEADLINE_S)
             assert (await anext(aiter(rest))).sequence > last, "watching goes on from any event"
             rest.cancel()
 
@@ -235,7 +244,7 @@ def test_a_session_brings_a_node_into_a_job_and_its_end_makes_it_suspect(tmp_pat
 def test_a_second_stream_of_a_node_replaces_the_first(tmp_path: Path) -> None:
     async def story() -> None:
         async with running(tmp_path) as (channel, _):
-            await Stub(channel).Submit(submission(nodes=2), timeout=2)
+            await Stub(channel).Submit(submission(nodes=2), timeout=DEADLINE_S)
             first, second = Daemon(channel, "n0"), Daemon(channel, "n0")
             await first.report()
             await first.directive(lambda d: bool(d.jobs))
@@ -243,7 +252,7 @@ def test_a_second_stream_of_a_node_replaces_the_first(tmp_path: Path) -> None:
             await second.report()
             found = await second.directive(lambda d: bool(d.jobs))
             assert found.jobs[0].spec.job == "llama", "it is told everything anew"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(DEADLINE_S):
                 while await first.call.read() is not grpc.aio.EOF:
                     pass
             second.call.cancel()
@@ -275,15 +284,15 @@ def test_health_and_reflection_are_served(tmp_path: Path) -> None:
         async with running(tmp_path) as (channel, port):
             for service in ("", "ckptd.v1.Coordinator"):
                 reply = await health_pb2_grpc.HealthStub(channel).Check(
-                    health_pb2.HealthCheckRequest(service=service), timeout=2
+                    health_pb2.HealthCheckRequest(service=service), timeout=DEADLINE_S
                 )
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
-            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=2)
+            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=DEADLINE_S)
             await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
             listed = (await call.read()).list_services_response
             assert "ckptd.v1.Coordinator" in {service.name for service in listed.service}
             call.cancel()
-            assert await probe(f"127.0.0.1:{port}", 2.0) == Answer.ANSWERED
+            assert await probe(f"127.0.0.1:{port}", DEADLINE_S) == Answer.ANSWERED
 
     asyncio.run(story())
 
@@ -326,14 +335,21 @@ import asyncio, sys
 from pathlib import Path
 from ckptd.coordinator.server import serve
 from ckptd.coordinator.settings import CoordinatorSettings
-settings = CoordinatorSettings(listen="127.0.0.1:0", journal=Path(sys.argv[1]), settle_s=0.1)
+settings = CoordinatorSettings(
+    listen="127.0.0.1:0",
+    journal=Path(sys.argv[1]),
+    settle_s=0.1,
+    silence_s=float(sys.argv[2]),
+    store=sys.argv[1] + ".store",
+)
 asyncio.run(serve(settings, lambda port: print(port, flush=True)))
 """
 
 
 @contextmanager
 def process(journal: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(journal)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", PROGRAM, str(journal), str(SILENCE_S)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         line = child.stdout.readline()
@@ -341,7 +357,7 @@ def process(journal: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         yield child, int(line)
     finally:
         child.kill()
-        child.wait(10)
+        child.wait(DEADLINE_S)
         assert child.stdout is not None
         child.stdout.close()
 
@@ -351,7 +367,7 @@ def test_the_journal_survives_kill_9(tmp_path: Path) -> None:
 
     async def before(port: int) -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            await Stub(channel).Submit(submission(), timeout=5)
+            await Stub(channel).Submit(submission(), timeout=DEADLINE_S)
             daemon = Daemon(channel, "n0")
             await daemon.report()
             await daemon.directive(lambda d: any(job.roster.generation == 1 for job in d.jobs))
@@ -360,8 +376,10 @@ def test_the_journal_survives_kill_9(tmp_path: Path) -> None:
     async def after(port: int) -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = Stub(channel)
-            assert not (await stub.Submit(submission(), timeout=5)).created
-            (job,) = (await stub.Status(coordinator_pb2.StatusRequest(header=HEADER), timeout=5)).jobs
+            assert not (await stub.Submit(submission(), timeout=DEADLINE_S)).created
+            (job,) = (
+                await stub.Status(coordinator_pb2.StatusRequest(header=HEADER), timeout=DEADLINE_S)
+            ).jobs
             assert job.phase == "adopting" and job.roster.generation == 1
             # The node knows nothing of generation 1: it is not begun a second time.
             daemon = Daemon(channel, "n0")
@@ -375,11 +393,11 @@ def test_the_journal_survives_kill_9(tmp_path: Path) -> None:
     with process(journal) as (child, port):
         asyncio.run(before(port))
         child.send_signal(signal.SIGKILL)
-        child.wait(10)
+        child.wait(DEADLINE_S)
     with process(journal) as (child, port):
         asyncio.run(after(port))
         child.send_signal(signal.SIGTERM)
-        assert child.wait(10) == 0, "a clean end"
+        assert child.wait(DEADLINE_S) == 0, "a clean end"
 
 
 def test_a_coordinator_that_cannot_write_its_journal_ends(
@@ -395,10 +413,10 @@ def test_a_coordinator_that_cannot_write_its_journal_ends(
         port = await ready
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             monkeypatch.setattr(Journal, "append", refuse)
-            call = Stub(channel).Submit(submission(), timeout=2)
+            call = Stub(channel).Submit(submission(), timeout=DEADLINE_S)
             assert "no space" in await refused(call, grpc.StatusCode.INTERNAL)
         with pytest.raises(Unreachable, match="no space"):
-            await asyncio.wait_for(server, 10)
+            await asyncio.wait_for(server, DEADLINE_S)
 
     asyncio.run(story())
 

@@ -46,7 +46,11 @@ class Sweep:
         real = demo_cluster.base_environment
 
         def environment(places: Scratch) -> dict[str, str]:
-            return real(places) | {"CKPTD_FAILPOINTS": str(self.directory)}
+            # What dies here dies of a blow: a daemon that is paused, or held up on a busy machine, is alive.
+            return real(places) | {
+                "CKPTD_FAILPOINTS": str(self.directory),
+                "CKPTD_COORDINATOR_SILENCE_S": "30",
+            }
 
         monkeypatch.setattr(demo_cluster, "base_environment", environment)
         monkeypatch.setattr(strikes, "STRIKES", {**strikes.STRIKES, "rank": self._strike})

@@ -149,6 +149,7 @@ class Life:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("CKPTD_")}
         mine = {"CKPTD_STORE": str(self.store), "CKPTD_FLUSH_EVERY": "2", "PYTHONPATH": python_path()}
         mine["CKPTD_COORDINATOR_STORAGE_AFTER_S"] = "1"
+        mine["CKPTD_COORDINATOR_SILENCE_S"] = "30"  # nodes are lost by a blow, and not by a busy machine
         return kept | mine | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | dict(self.settings)
 
 

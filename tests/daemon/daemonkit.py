@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -31,11 +32,27 @@ Failure = common_pb2.ErrorCode
 def looped(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """Runs an asynchronous test in a loop of its own."""
 
+    async def outlived(*args: Any, **kwargs: Any) -> None:
+        try:
+            await test(*args, **kwargs)
+        finally:
+            await _end_of_bulk_threads()
+
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(test(*args, **kwargs))
+        asyncio.run(outlived(*args, **kwargs))
 
     return run
+
+
+async def _end_of_bulk_threads() -> None:
+    """Threads of this process's nodes ask the loop until they end; in a closed one, coroutines are left."""
+    end = time.monotonic() + DEADLINE_S
+    while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("bulk-")]:
+        assert time.monotonic() < end, left
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # what a thread waits for may never come any more
+        await asyncio.sleep(0.002)
 
 
 def eventually(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_S) -> Any:
@@ -56,7 +73,9 @@ class Daemon:
         self.socket = self.root / "s"
         self.log = self.root / "log"
         self._flags = flags
-        self._environment = {"CKPTD_RANK_HANDOVER_S": "0.2", **environment}
+        # A store of its own: the user's may know jobs of these names, and their generations.
+        mine = {"CKPTD_RANK_HANDOVER_S": "0.2", "CKPTD_STORE": str(self.root / "store")}
+        self._environment = {**mine, **environment}
         self.start()
 
     def start(self) -> None:

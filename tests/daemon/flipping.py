@@ -21,7 +21,7 @@ from ckptd.memory.bulk import BulkServer
 from ckptd.memory.holding import Holding
 from ckptd.v1 import bulk_pb2
 
-TIMEOUT_S = 1.0  # of bulk peers: a header that claims to be longer than it is ends with it
+SHORT_S = 1.0  # of bulk peers: a header that claims to be longer than it is ends with it
 _PREFIX = struct.Struct("<I")
 
 
@@ -132,10 +132,12 @@ class FlipCluster(Cluster):
         ranks_per_node: int = 1,
         *,
         wired: bool = False,
+        timeout_s: float = 5.0,
     ) -> None:
         self.flips: list[Flip] = []
         self._flips_lock = threading.Lock()
         self._wired = wired
+        self._timeout_s = timeout_s
         self.wires: dict[str, Wire] = {}
         super().__init__(root, count, parity, ranks_per_node=ranks_per_node, slots=slots)
 
@@ -146,7 +148,7 @@ class FlipCluster(Cluster):
             node=name,
             memory_dir=directory,
             coordinator="127.0.0.1:1",
-            bulk_timeout_s=TIMEOUT_S if self._wired else 5.0,
+            bulk_timeout_s=self._timeout_s,
             bulk_nice=0,
             scrub_bytes_per_s=0,  # of `Scrub.round`: as fast as it goes
         )

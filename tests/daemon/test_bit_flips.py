@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import JOB, image, until
 from daemonkit import looped
-from flipping import Flip, FlipCluster, column, encoded
+from flipping import SHORT_S, Flip, FlipCluster, column, encoded
 
 from ckptd.daemon.adopt import adopt
 from ckptd.errors import NotEnoughCells
@@ -323,7 +323,7 @@ async def test_flips_in_records_are_refused_and_the_group_gives_back_what_they_n
 async def test_flips_in_contributions_are_detected_and_sent_again(tmp_path: Path, soak: bool) -> None:
     tally = Tally("contributions", soak, 71)
     names = NAMES[:3]
-    cluster = FlipCluster(tmp_path, 3, 1, wired=True)
+    cluster = FlipCluster(tmp_path, 3, 1, wired=True, timeout_s=SHORT_S)
     try:
         await begin(cluster, names)
         while tally.open:

@@ -24,20 +24,20 @@ class Traffic:
     """Bytes of cells that contributions carried, counted where they are sent."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.nbytes = 0
+        self._sent: list[int] = []  # many threads append; none of them may undo what another one adds
         send = Connection.send
 
         def counted(
             connection: Connection, header: bulk_pb2.BulkHeader, payload: Sequence[memoryview] = ()
         ) -> None:
             if header.WhichOneof("body") == "contribution":
-                self.nbytes += sum(view.nbytes for view in payload)
+                self._sent.append(sum(view.nbytes for view in payload))
             send(connection, header, payload)
 
         monkeypatch.setattr(Connection, "send", counted)
 
     def take(self) -> int:
-        found, self.nbytes = self.nbytes, 0
+        found, self._sent[:] = sum(self._sent), []
         return found
 
 

