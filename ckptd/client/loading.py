@@ -14,7 +14,7 @@ from ckptd.client import settings, targets
 from ckptd.client.attached import RESERVED, give_back
 from ckptd.client.matching import Allowed, Match, States, match
 from ckptd.client.tensors import DTYPES
-from ckptd.client.universal_state import Universal, assign, owned_by, take_apart
+from ckptd.client.universal_state import Universal, assign, extra_path, owned_by, take_apart
 from ckptd.errors import StateMismatch
 from ckptd.image import TensorRef
 from ckptd.storage.marks import leased
@@ -118,13 +118,14 @@ class Loading:
         """Reads, and changes what was given."""
         direct, buffered = self._jobs()
         values = self._values()
+        extras = {name: self._resolved(extra) for name, extra in self._matched.extras.items()}
         reports = [direct.check(), *(make()[0].check() for make in buffered)]
         done = [direct.run()]
         for make in buffered:
             job, finish = make()
             done.append(job.run())
             finish()
-        self._finish(values)
+        self._finish(values, extras)
         assert [r.read_bytes for r in reports] == [r.read_bytes for r in done]
         return self._report(done)
 
@@ -181,25 +182,25 @@ class Loading:
                     f"{name} had {len(groups)} parameter groups, and has {len(optimizer.param_groups)} now",
                     next="make the same groups",
                 )
-            values[name] = {key: self.resolved(kept.get(key)) for key in ("groups", "state", "other")}
+            values[name] = {key: self._resolved(kept.get(key)) for key in ("groups", "state", "other")}
         for name in self._found.attached.objects:
             if name in self._matched.tree:
-                values[name] = self.resolved(self._matched.tree[name])
+                values[name] = self._resolved(self._matched.tree[name])
         return values
 
-    def resolved(self, tree: Any) -> Any:
+    def _resolved(self, tree: Any) -> Any:
         """The tree with its tensors read."""
         if isinstance(tree, TensorRef):
             return self._checkpoint[tree.name][...]
         if type(tree) in (list, tuple):
-            return type(tree)(self.resolved(item) for item in tree)
+            return type(tree)(self._resolved(item) for item in tree)
         if isinstance(tree, dict):
             made = tree.copy()
-            made.update((key, self.resolved(value)) for key, value in tree.items())
+            made.update((key, self._resolved(value)) for key, value in tree.items())
             return made
         return tree
 
-    def _finish(self, values: dict[str, Any]) -> None:
+    def _finish(self, values: dict[str, Any], extras: dict[str, Any]) -> None:
         for name, optimizer in self._found.attached.optimizers.items():
             own = values.get(name, {})
             states: States = {key: state for key, state in self._matched.states[name].items() if state}
@@ -215,7 +216,9 @@ class Loading:
         stored, prefix = self._matched.tree.get(RESERVED, {}).get("values", {}), self._matched.prefix
         for name, leaf in self._found.leaves.items():
             if prefix + name in stored:
-                assign(leaf, self.resolved(stored[prefix + name]))
+                assign(leaf, self._resolved(stored[prefix + name]))
+        for name, extra in extras.items():
+            give_back(extra_path(name), self._found.extras[name].set_extra_state, extra)
         for name, target in self._found.attached.objects.items():
             if name in values:
                 give_back(name, target.load_state_dict, values[name])

@@ -14,7 +14,7 @@ from ckptd.client import targets
 from ckptd.client.attached import RESERVED
 from ckptd.client.targets import Described
 from ckptd.client.tensors import DTYPES, is_dtensor
-from ckptd.client.universal_state import Universal, owned_by
+from ckptd.client.universal_state import Universal, extra_path, owned_by
 from ckptd.errors import CorruptCheckpoint, StateMismatch
 from ckptd.image import TensorRef
 from ckptd.image.manifest import StoredTensor
@@ -31,6 +31,7 @@ class Match:
 
     prefix: str  # of the state's names in the checkpoint
     tree: dict[Any, Any]  # the stored values that are no tensors
+    extras: Mapping[str, Any]  # extra states that are there, by the module's name in the state
     described: Mapping[str, Described]  # the tensors to fill, by stored name
     states: Mapping[str, States]  # what every optimizer is to be given, with tensors that it lacked made
     missing: tuple[str, ...]  # wanted, and not in the checkpoint
@@ -57,9 +58,12 @@ def match(
     wanted = {prefix + name: tensor for name, tensor in found.tensors.items()}
     states = {name: _states(checkpoint, found, name, wanted) for name in found.attached.optimizers}
     stored = checkpoint.manifest.by_name
-    values = tree.get(RESERVED, {}).get("values", {})
-    here = {*wanted, *(prefix + name for name in found.leaves)}
-    there = {name for name in (*stored, *values) if name.startswith(prefix)}
+    own = tree.get(RESERVED, {})
+    values = own.get("values", {})
+    kept = {extra_path(name): extra for name, extra in own.get("extra", {}).items()}
+    extras = {name: extra_path(prefix.removesuffix("."), name) for name in found.extras}
+    here = {*wanted, *(prefix + name for name in found.leaves), *extras.values()}
+    there = {name for name in (*stored, *values, *kept) if name.startswith(prefix)}
     missing, unexpected = sorted(here - there), sorted(there - here - _of_objects(found, tree))
     if strict:
         refused = [n for n in missing if not _allowed(n, allow_missing)]
@@ -71,7 +75,8 @@ def match(
         targets.check_materialized(name, wanted[name])
         described[name] = targets.describe(name, wanted[name], rank)
     _check_forms(described, stored, cast)
-    return Match(prefix, tree, described, states, tuple(missing), tuple(unexpected))
+    given = {name: kept[path] for name, path in extras.items() if path in kept}
+    return Match(prefix, tree, given, described, states, tuple(missing), tuple(unexpected))
 
 
 def _states(checkpoint: Checkpoint, found: Universal, name: str, wanted: dict[str, torch.Tensor]) -> States:
@@ -144,7 +149,8 @@ def _tree(checkpoint: Checkpoint, rank: int) -> dict[Any, Any]:
     if tree is None:
         return {}
     own = tree.get(RESERVED, {}) if isinstance(tree, dict) else None
-    if not isinstance(tree, dict) or not isinstance(own, dict) or not isinstance(own.get("values", {}), dict):
+    parts = [own, own.get("values", {}), own.get("extra", {})] if isinstance(own, dict) else [own]
+    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in parts):
         raise CorruptCheckpoint(
             "the objects of this checkpoint are not a state", next="use another checkpoint"
         )

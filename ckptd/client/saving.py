@@ -13,7 +13,7 @@ from ckptd.client.attached import RESERVED
 from ckptd.client.ranks import Ranks
 from ckptd.client.state import FORMAT
 from ckptd.client.tensors import local_of
-from ckptd.client.universal_state import Universal, take_apart
+from ckptd.client.universal_state import Universal, extra_path, take_apart
 from ckptd.errors import InvalidRequest
 from ckptd.image import TensorRef, Variable, encode
 from ckptd.image.manifest import Manifest, StoredLayout
@@ -36,14 +36,12 @@ def save(
     """Writes `state` as a checkpoint at `url`; durable and visible when this returns, or not there at all.
 
     Where torch.distributed has more than one rank, all ranks of `group` call this; each writes what it
-    holds, and
-    what several hold alike, to the byte, is written once.
+    holds, and what several hold alike, to the byte, is written once.
 
     Args:
         state: as for `ckptd.load`.
         layout: the layout that names and tensors follow, to be kept with them.
         step, job: of the checkpoint, where the URL does not say them (0 and "save").
-
         compress: in seekable frames (`docs/format.md`); ranges of it are read as ever.
 
     Returns:
@@ -100,9 +98,13 @@ def _save(store: Store, heading: writing.Heading, found: Universal, ranks: Ranks
 def _hold(found: Universal, rank: int) -> tuple[list[tuple[LocalTensor, torch.Tensor]], bytes]:
     """What this rank has: its tensors as they would lie in a file, and the encoded rest."""
     tensors = dict(found.tensors)
-    tree: dict[str, Any] = {
-        RESERVED: {"format": FORMAT, "values": {name: leaf.value for name, leaf in found.leaves.items()}}
-    }
+    own: dict[str, Any] = {"format": FORMAT, "values": {n: leaf.value for n, leaf in found.leaves.items()}}
+    if found.extras:
+        own["extra"] = {
+            name: _referenced(extra_path(name), module.get_extra_state(), tensors)
+            for name, module in found.extras.items()
+        }
+    tree: dict[str, Any] = {RESERVED: own}
     for name, optimizer in found.attached.optimizers.items():
         values = {}
         for owned in (parameter for group in found.groups[name] for parameter in group):

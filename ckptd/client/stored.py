@@ -7,7 +7,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from ckptd.client.attached import RESERVED, Attached, give_back, has_extra_state, named_modules
+from ckptd.client.attached import RESERVED, Attached
 from ckptd.client.loading import Loading
 from ckptd.client.loading import open as open_for_load
 from ckptd.client.matching import match
@@ -127,13 +127,8 @@ def _load(found: Newest, attached: Attached, rank: int, world_size: int) -> Resu
             allow_unexpected=_OTHER_RANKS,
             cast=False,
         )
-        loading = Loading(checkpoint, state, matched)
-        loading.run()
+        Loading(checkpoint, state, matched).run()
         own = matched.tree.get(RESERVED, {})
-        extras = own.get("extra", {})
-        for name, module in named_modules(attached):
-            if has_extra_state(module) and name in extras:
-                give_back(f"{name}.extra_state", module.set_extra_state, loading.resolved(extras[name]))
         changed = None
         if manifest.world_size != world_size:
             changed = f"{manifest.world_size} ranks, now {world_size}"

@@ -16,7 +16,16 @@ import torch
 from torch.optim import Optimizer
 
 from ckptd.client import optimizers as optim
-from ckptd.client.attached import RESERVED, Attached, GeneratorState, Stateful, reshard, tensors_of
+from ckptd.client.attached import (
+    RESERVED,
+    Attached,
+    GeneratorState,
+    Stateful,
+    has_extra_state,
+    named_modules,
+    reshard,
+    tensors_of,
+)
 from ckptd.client.tensors import is_tensor
 from ckptd.errors import InvalidRequest
 
@@ -43,6 +52,7 @@ class Universal:
     leaves: dict[str, Leaf] = field(default_factory=dict)
     attached: Attached = field(default_factory=Attached)
     groups: dict[str, list[list[optim.OwnedParameter]]] = field(default_factory=dict)
+    extras: dict[str, torch.nn.Module] = field(default_factory=dict)  # modules with get_extra_state
     lone: bool = False  # a module alone
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -125,11 +135,19 @@ def _name_modules(found: Universal) -> None:
         found.add(name, held.tensor)
         if held.is_parameter:
             names.setdefault(id(held.tensor), name)
+    for name, module in named_modules(found.attached):
+        if has_extra_state(module):
+            found.extras[name.removeprefix(_LONE).removeprefix(".") if found.lone else name] = module
     for name, optimizer in found.attached.optimizers.items():
         found.groups[name] = optim.parameters_of(name, optimizer, names)
         for owned in (parameter for group in found.groups[name] for parameter in group):
             if owned.loose:
                 found.add(owned.name, owned.parameter)
+
+
+def extra_path(*names: str) -> str:
+    """Returns what a module's extra state is called; `names` make the module's, and may be empty."""
+    return ".".join(filter(None, (*names, "extra_state")))
 
 
 def owned_by(found: Universal, optimizer: str) -> dict[str, optim.OwnedParameter]:

@@ -11,7 +11,7 @@ from torch import nn
 
 import ckptd
 from ckptd.client.tensors import DTYPES
-from ckptd.errors import CorruptCheckpoint, InvalidRequest, NotFound, StateMismatch
+from ckptd.errors import CorruptCheckpoint, InvalidRequest, NotFound, StateMismatch, UnsafeObject
 from ckptd.storage import place
 from ckptd.storage.store import AlreadyThere
 
@@ -222,3 +222,67 @@ def test_values_and_nested_dicts(tmp_path: Path) -> None:
     assert into["a"]["n"] == [1, 2] and into["list"][1] == 5 and into["plain"] == {"k": (1, "z")}  # type: ignore[index]
     with pytest.raises(InvalidRequest, match="needs its model"):
         ckptd.load(str(tmp_path / "c"), trained(1)[1])
+
+
+class Noted(nn.Linear):
+    """A module that keeps more than its tensors."""
+
+    notes: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.notes
+
+    def set_extra_state(self, state: Any) -> None:
+        self.notes = state
+
+
+def noted(notes: Any) -> nn.Module:
+    model = nn.Sequential(Noted(4, 3), nn.Linear(3, 2), Noted(2, 2))
+    for index in (0, 2):
+        model[index].notes = notes
+    return model
+
+
+@pytest.mark.parametrize("alone", ["loaded", "both", "neither"])
+def test_the_extra_states_of_modules_are_saved_and_loaded(tmp_path: Path, alone: str) -> None:
+    kept, fresh = noted({"scale": torch.tensor([1.5, 2.5]), "n": [3, None]}), noted(None)
+    url = str(tmp_path / "step-1")
+    ckptd.save(url, kept if alone == "both" else {"model": kept})
+    report = ckptd.load(url, into={"model": fresh} if alone == "neither" else fresh)
+    assert not report.missing and not report.unexpected
+    for mine, theirs in zip(kept.modules(), fresh.modules(), strict=True):
+        if isinstance(theirs, Noted):
+            assert isinstance(mine, Noted)
+            assert torch.equal(theirs.notes["scale"], mine.notes["scale"]) and theirs.notes["n"] == [3, None]
+    same = zip(kept.state_dict().values(), fresh.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same if torch.is_tensor(a))
+
+
+def test_the_extra_state_of_the_root_module_has_a_name_too(tmp_path: Path) -> None:
+    model, fresh = Noted(2, 2), Noted(2, 2)
+    model.notes = {"n": 7}
+    ckptd.save(str(tmp_path / "step-1"), model)
+    ckptd.load(str(tmp_path / "step-1"), into=fresh)
+    assert fresh.notes == {"n": 7}
+    ckptd.save(str(tmp_path / "step-2"), {"model": model})
+    fresh.notes = None
+    ckptd.load(str(tmp_path / "step-2"), into=fresh)
+    assert fresh.notes == {"n": 7}
+
+
+def test_a_missing_or_surplus_extra_state_is_named(tmp_path: Path) -> None:
+    with_notes, without = noted({"n": 1}), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    ckptd.save(str(tmp_path / "step-1"), {"model": with_notes})
+    ckptd.save(str(tmp_path / "step-2"), {"model": without})
+    with pytest.raises(StateMismatch, match=r"2 only in the checkpoint: model\.0\.extra_state"):
+        ckptd.load(str(tmp_path / "step-1"), into={"model": without})
+    with pytest.raises(StateMismatch, match=r"2 not in the checkpoint: model\.0\.extra_state"):
+        ckptd.load(str(tmp_path / "step-2"), into={"model": noted(None)})
+    report = ckptd.load(str(tmp_path / "step-2"), into={"model": noted(None)}, allow_missing="*.extra_state")
+    assert report.missing == ("model.0.extra_state", "model.2.extra_state")
+
+
+def test_an_extra_state_that_has_no_safe_form_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeObject, match="extra"):
+        ckptd.save(str(tmp_path / "step-1"), {"model": noted(object())})
+    assert not list(tmp_path.iterdir())
