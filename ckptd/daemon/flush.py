@@ -32,7 +32,8 @@ from ckptd.v1 import local_pb2
 log = logging.getLogger("ckptd.flush")
 
 _ASK_FROM_S = 0.5  # a wait with pauses as long as this is a long one: the others are asked, too
-_Key = tuple[str, int, int]  # job, generation, step
+# Identity of the job (one that was forgotten may have a namesake), generation, step.
+_Key = tuple[int, int, int]
 
 
 class Flush:
@@ -69,7 +70,7 @@ class Flush:
             await self._next_change(1.0)
             for job in list(self._jobs.values()):
                 step = job.schedule.flush
-                if step > job.flush_over and (job.name, job.generation, step) not in self._tasks:
+                if step > job.flush_ended and (id(job), job.generation, step) not in self._tasks:
                     self._begin(job, step)
 
     async def last(self, timeout_s: float) -> None:
@@ -99,21 +100,29 @@ class Flush:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, job: Job, step: int) -> asyncio.Task[str]:
-        key = (job.name, job.generation, step)
+        key = (id(job), job.generation, step)
         task = self._tasks.get(key)
         if task is None:
             task = self._tasks[key] = asyncio.create_task(self._flush(job, step))
             task.add_done_callback(lambda done: self._ended(job, key, done))
+            self._reckon(job)
         return task
 
     def _ended(self, job: Job, key: _Key, task: asyncio.Task[str]) -> None:
         del self._tasks[key]
         _, generation, step = key
         if job.generation == generation:
-            job.flush_over = max(job.flush_over, step)
+            job.flush_ended = max(job.flush_ended, step)
+            self._reckon(job)
             job.changed()
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("job %s: step %d did not become durable: %s", key[0], key[2], error)
+            log.error("job %s: step %d did not become durable: %s", job.name, step, error)
+
+    def _reckon(self, job: Job) -> None:
+        """A flush that is under way is not over, whatever newer one has ended beside it."""
+        own = (id(job), job.generation)
+        running = [step for *whose, step in self._tasks if tuple(whose) == own]
+        job.flush_over = min([job.flush_ended, *(step - 1 for step in running)])
 
     async def _answer(self, trainer: Trainer, step: int, flush: asyncio.Task[str]) -> None:
         answer = local_pb2.Flushed(step=step)
@@ -133,14 +142,16 @@ class Flush:
             CkptdError: as the store says.
         """
         generation, start = job.generation, job.resumed_from
-        holding = await self._sealed(job, generation, step)
         ranks = sorted(rank for member in job.roster.members for rank in member.ranks)
+        others = Others(job, step)
+        await others.gone()  # so that one that is started anew from here on is known to be
+        holding = await self._sealed(job, generation, step)
         with job.memory.occupied(holding.places.values()):
             await self._protected(job, generation, step)
             store, parent = await self._in_thread(self._places, job.name, generation, step, start)
             heading = Heading(job.name, step, generation, world_size=len(ranks), parent=parent)
-            await self._written(job, store, heading, _images(holding), ranks)
-        await self._published(job, store, heading, ranks)
+            await self._written(job, store, heading, _images(holding), ranks, others)
+        await self._published(job, store, heading, ranks, others)
         log.info("job %s: step %d is durable at %s", job.name, step, store.url)
         return str(store.url)
 
@@ -160,7 +171,13 @@ class Flush:
             await self._next_change(1.0)
 
     async def _written(
-        self, job: Job, store: Store, heading: Heading, images: list[snapshot.SealedImage], ranks: list[int]
+        self,
+        job: Job,
+        store: Store,
+        heading: Heading,
+        images: list[snapshot.SealedImage],
+        ranks: list[int],
+        others: Others,
     ) -> None:
         """Writes what these ranks are to write: what several of the job hold alike is written once."""
         offered = await self._in_thread(snapshot.described, images)
@@ -173,25 +190,31 @@ class Flush:
             lacking = partial(shares.lacking, store, ranks)
             if leads(job):
                 put = partial(shares.put_when_whole, store, ranks)
-                await self._done(job, store, heading, put, lacking)
-            shared = await self._done(job, store, heading, partial(shares.read, store, parts), None)
-        spend = partial(self._spend, job, heading.generation)
+                await self._done(job, store, heading, others, put, lacking)
+            read = partial(shares.read, store, parts)
+            shared = await self._done(job, store, heading, others, read, None)
+        # A node alone waits for nobody, and what it has begun is worth having.
+        generation = heading.generation if others else None
+        spend = partial(self._spend, job, generation)
         write = partial(snapshot.write_parts, compress=self._settings.compress, spend=spend)
         await self._in_thread(write, store, offered, shared)
 
-    async def _published(self, job: Job, store: Store, heading: Heading, ranks: list[int]) -> None:
+    async def _published(
+        self, job: Job, store: Store, heading: Heading, ranks: list[int], others: Others
+    ) -> None:
         """Returns when there is a manifest; publishes it, if this node leads."""
         if leads(job):
             publish = partial(snapshot.publish_when_whole, store, heading, ranks)
-            await self._done(job, store, heading, publish, partial(snapshot.lacking, store, ranks))
+            await self._done(job, store, heading, others, publish, partial(snapshot.lacking, store, ranks))
         else:
-            await self._done(job, store, heading, partial(snapshot.is_published, store), None)
+            await self._done(job, store, heading, others, partial(snapshot.is_published, store), None)
 
     async def _done(
         self,
         job: Job,
         store: Store,
         heading: Heading,
+        others: Others,
         look: Callable[[], Any],
         lacking: Callable[[], set[int]] | None,
     ) -> Any:
@@ -206,7 +229,7 @@ class Flush:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.flush_timeout_s
-        others, waits = Others(job, heading.step), pauses()
+        waits = pauses()
         while True:
             pause = next(waits)
             # Asked before the look: what they had brought before they gave up is found by it.
@@ -238,11 +261,16 @@ class Flush:
         while job.generation == generation and (left := end - loop.time()) > 0:
             await self._next_change(left)
 
-    def _spend(self, job: Job, generation: int, nbytes: int) -> None:
-        """Keeps the pace of a write; ends one that nobody needs any more.  Called by the thread."""
+    def _spend(self, job: Job, generation: int | None, nbytes: int) -> None:
+        """Keeps the pace of a write; ends one that nobody needs any more.  Called by the thread.
+
+        Args:
+            generation: with which the write ends; None: with none.
+        """
         if self._closed:
             raise NotFound(f"node {job.node} ends", "its flush was left unfinished")
-        self._check_generation(job, generation)
+        if generation is not None:
+            self._check_generation(job, generation)
         self._pace.take(nbytes)
 
     def _places(self, job: str, generation: int, step: int, start: tuple[int, int]) -> Any:

@@ -48,6 +48,9 @@ class Others:
         # The life in which each of them was found first.
         self._lives: dict[str, int] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._members)
+
     async def gone(self) -> dict[str, tuple[int, ...]]:
         """Returns those that are not going to bring anything more, and their ranks.
 

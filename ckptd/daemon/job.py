@@ -73,7 +73,9 @@ class Job:
     aborted: set[int] = field(default_factory=set)
     # What was promised to trainers before their arenas exist, in bytes; counts while any of them lives.
     promised_bytes: int = 0
-    # Newest step of this generation whose background flush is over here, well or not.
+    # Newest step of this generation whose flush has ended here, well or not.
+    flush_ended: int = 0
+    # Step of this generation up to which no flush is to come or under way here.
     flush_over: int = 0
     # The greatest generation that the store knows of this job, asked before the first one is made here.
     stored_generation: int = 0
@@ -147,7 +149,7 @@ class Job:
         self.schedule = common_pb2.Schedule(generation=roster.generation)
         self.transfer = coordinator_pb2.Transfer(generation=roster.generation)
         self.start = None
-        self.flush_over = 0
+        self.flush_ended = self.flush_over = 0
         self.resumed_from = (roster.start.generation, roster.start.step)
         self.finished = False  # a parked job lives again
         self.aborted.clear()

@@ -334,6 +334,28 @@ async def test_a_write_that_nobody_needs_any_more_ends(tmp_path: Path) -> None:
 
 
 @looped
+async def test_a_newer_step_that_fails_ends_no_write_of_an_older_one(tmp_path: Path) -> None:
+    async with flushing(tmp_path, 2, flush_every=0, image_bytes=3 * SLICE) as cluster:
+        slow, go = threading.Event(), threading.Event()
+        hold(cluster.nodes["n1"], slow, go)
+        await cluster.protect(1)
+        waiting = [Asking(cluster, name, 1) for name in cluster.names]
+        await until(slow.is_set, "n1 writes")
+        job = cluster.job("n1")
+        cluster.nodes["n1"].flush.request(job, *job.living(), 2)
+        job.abort(2)
+        failed = await waiting[1].answer()
+        assert failed.step == 2 and "given up" in failed.error.what
+        assert job.flush_over == 0, "the flush of step 1 is under way"
+        asked = cluster.asked("n1")
+        await until(lambda: cluster.asked("n1") > asked + 1, "n0 asks n1 what became of it")
+        go.set()
+        for each in waiting:
+            assert (await each.answer()).url
+        assert [entry.step for entry in cluster.durable()] == [1]
+
+
+@looped
 async def test_what_only_trainers_asked_for_ends_when_a_daemon_forgot_it(tmp_path: Path) -> None:
     async with flushing(tmp_path, 3, flush_every=0) as cluster:
         await cluster.protect(1)
