@@ -69,6 +69,16 @@ def written(store: Store) -> list[str]:
     return [name for name in there if name + TABLE_SUFFIX in there]
 
 
+def published(store: Store) -> list[str]:
+    """Returns the files of the checkpoint that is there, in the manifest's order.
+
+    Raises:
+        CorruptCheckpoint: its manifest cannot be used.
+    """
+    manifest = Manifest.read(store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
+    return [stored.name for stored in manifest.objects]
+
+
 def publish(draft: Draft, only: Collection[str] | None = None) -> None:
     """Writes the manifest of all files that have their digests, or of those named.
 

@@ -60,13 +60,14 @@ class _Transaction(Transaction):  # type: ignore[misc]  # fsspec has no types
     """The files written in it are whole checkpoints when it ends."""
 
     def complete(self, commit: bool = True) -> None:
-        files: CkptdFileSystem = self.fs
+        system: CkptdFileSystem = self.fs
+        written = [file.name for file in self.files]
         whole = False
         try:
             super().complete(commit)
             whole = commit
         finally:
-            files._end_transaction(whole)
+            system._end_transaction(written, whole)
 
 
 class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -93,7 +94,6 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         self._lock = threading.Lock()
         self._drafts: dict[str, drafts.Draft] = {}  # by directory
         self._opened: dict[str, Checkpoint] = {}  # by directory
-        self._in_transaction: list[_Where] = []
         if self._store.startswith(place.SCHEME):
             raise InvalidRequest(f"{self._store} is no store", next="set CKPTD_STORE to a folder or bucket")
 
@@ -130,7 +130,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     def mkdir(self, path: str, create_parents: bool = True, **_: Any) -> None:
         self._where(path)
 
-    def _open(self, path: str, mode: str = "rb", autocommit: bool = True, **_: Any) -> io.BufferedIOBase:
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BufferedIOBase:
         if mode == "rb":
             where = self._reading(path)
             if where.file is None:
@@ -145,8 +145,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         assert where.file is not None
         with _os_errors(path):
             file = drafts.writer(self._draft(where).store, where.file)
-        if not autocommit:
-            self._in_transaction.append(where)
+        file.name = where.path
         return file
 
     def mv(self, path1: str, path2: str, **_: Any) -> None:
@@ -169,8 +168,8 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
                     target.write(piece)
             drafts.delete(draft.store, old.file)
             if new.file == COMMIT:
+                self._forget(new.directory)  # even if it fails: it may be there all the same
                 drafts.publish(draft)
-                self._forget(new.directory)
 
     def rm_file(self, path: str) -> None:
         """Removes a file of a checkpoint that is being written."""
@@ -188,7 +187,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """
         for one in [path] if isinstance(path, str) else path:
             where = self._reading(one)
-            if where.file is not None and not (recursive and self._is_all(where)):
+            if where.file is not None and (not recursive or where.directory in self._drafts):
                 self.rm_file(one)
             elif where.wanted is None or where.wanted.step is None or not recursive:
                 raise PermissionError(errno.EPERM, "only a checkpoint is removed, and only recursively", one)
@@ -289,35 +288,38 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
                 self._drafts[where.directory] = draft
             return self._drafts[where.directory]
 
-    def _end_transaction(self, whole: bool) -> None:
+    def _end_transaction(self, written: list[str], whole: bool) -> None:
         names: dict[str, list[str]] = {}  # by directory
-        for where in self._in_transaction:
+        for where in map(self._where, written):
             assert where.file is not None
             names.setdefault(where.directory, []).append(where.file)
-        self._in_transaction.clear()
-        for directory, files in names.items():
-            draft = self._drafts[directory]
+        # One that is published or removed meanwhile has none.  All are forgotten even where one cannot be
+        # published: it may be there all the same, and what is there is never written again.
+        ended = [(self._drafts.get(directory), files) for directory, files in names.items()]
+        for directory in names:
+            self._forget(directory)
+        for draft, files in ended:
+            if draft is None:
+                continue
             if whole:
-                with _os_errors(directory):
+                with _os_errors(draft.store.url):
                     drafts.publish(draft, files)
             else:
                 for name in files:
                     drafts.delete(draft.store, name)
-            self._forget(directory)
-
-    def _is_all(self, where: _Where) -> bool:
-        if where.directory in self._drafts:
-            return False
-        with _os_errors(where.path):
-            return [stored.name for stored in self._checkpoint(where).manifest.objects] == [where.file]
 
     def _remove(self, where: _Where, wanted: place.Wanted) -> None:
         entries = catalog.entries(self._store, wanted.job)
         fitting = [e for e in entries if e.step == wanted.step and wanted.generation in (None, e.generation)]
         if not fitting:
             raise FileNotFoundError(errno.ENOENT, "there is no such checkpoint", where.path)
-        for entry in fitting:
-            store = catalog.job_store(self._store, wanted.job).inside(entry.directory)
+        stores = [catalog.job_store(self._store, wanted.job).inside(entry.directory) for entry in fitting]
+        if where.file is not None:
+            stores = [store for store in stores if drafts.published(store) == [where.file]]
+            if not stores:
+                why = "files of a checkpoint stay; remove it whole: rm(directory, recursive=True)"
+                raise PermissionError(errno.EPERM, why, where.path)
+        for store in stores:
             store.delete(MANIFEST_NAME)  # first: from here on there is no checkpoint
             for name in store.list():
                 store.delete(name)

@@ -141,6 +141,7 @@ class WrittenFile(io.BufferedIOBase):
 
     def __init__(self, put: Callable[[Iterable[bytes]], None]) -> None:
         super().__init__()
+        self.name = ""  # its path, for who opened it
         self._waiting = bytearray()
         self._nbytes = 0
         self._synced = -1

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ckptd
-from ckptd.errors import InvalidRequest, NoSpace
+from ckptd.errors import InvalidRequest, NoSpace, NotFound
+from ckptd.integrations import drafts
 from ckptd.integrations.fsspec_store import CkptdFileSystem
 from ckptd.integrations.lightning import FabricSharded, Sharded
 from ckptd.storage import catalog, place
@@ -158,6 +158,62 @@ def test_a_store_that_fails_at_the_end_of_a_transaction(monkeypatch: pytest.Monk
     with pytest.raises(NoSpace):
         write("ckptd://llama/step-4/model.ckpt", b"a")
     assert not CkptdFileSystem().exists("llama/step-4")
+
+
+def test_a_transaction_that_was_never_ended_leaves_nothing_to_the_next() -> None:
+    system = CkptdFileSystem()
+    system.start_transaction()
+    with system.open("ckptd://job/step-1/a", "wb") as file:
+        file.write(b"b was to come")
+    system.start_transaction()
+    with system.open("ckptd://job/step-2/c", "wb") as file:
+        file.write(b"c")
+    system.end_transaction()
+    assert published("job") == [catalog.Entry(2, 0)]
+
+
+def test_a_checkpoint_that_was_published_meanwhile_is_not_published_twice() -> None:
+    system = CkptdFileSystem()
+    with system.transaction:
+        with system.open("ckptd://job/step-3/.metadata.tmp", "wb") as file:
+            file.write(b"m")
+        system.mv("ckptd://job/step-3/.metadata.tmp", "ckptd://job/step-3/.metadata")
+    assert published("job") == [catalog.Entry(3, 0)]
+
+
+def test_an_unclear_end_is_never_written_over(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, publish = CkptdFileSystem(), drafts.publish
+
+    def unclear(*arguments: Any) -> None:
+        publish(*arguments)
+        raise NotFound("the answer was lost")
+
+    def save(data: bytes) -> None:
+        with system.transaction, system.open("ckptd://job/step-1.g0/f", "wb") as file:
+            file.write(data)
+
+    monkeypatch.setattr(drafts, "publish", unclear)
+    with pytest.raises(FileNotFoundError):
+        save(b"one")
+    monkeypatch.undo()
+    monkeypatch.setenv("CKPTD_STORE", str(store))
+    with pytest.raises(FileExistsError):
+        save(b"two")
+    assert CkptdFileSystem().cat("ckptd://job/step-1/f") == b"one"
+
+
+def test_removing_one_file_removes_no_other_generation() -> None:
+    system = CkptdFileSystem()
+    for generation, names in ((1, "xy"), (2, "x")):
+        with system.transaction:
+            for name in names:
+                with system.open(f"ckptd://job/step-5.g{generation}/{name}", "wb") as file:
+                    file.write(b"1")
+    system.rm("ckptd://job/step-5/x", recursive=True)
+    assert CkptdFileSystem().cat("ckptd://job/step-5/y") == b"1"
+    assert published("job") == [catalog.Entry(5, 1)]
+    with pytest.raises(PermissionError):
+        CkptdFileSystem().rm("ckptd://job/step-5/y", recursive=True)
 
 
 def test_what_lightning_names_by_default_is_refused(store: Path) -> None:
@@ -296,7 +352,7 @@ def test_shards_without_the_rest_are_no_checkpoint() -> None:
     state = of_lightning(model, optimizer, bad=Unsaveable())
     with pytest.raises(dcp.CheckpointException):
         Trainers(model, optimizer).save_checkpoint(state, "ckptd://llama/step-7")
-    assert not fsspec.filesystem("ckptd").exists("ckptd://llama/step-7")
+    assert not CkptdFileSystem().exists("ckptd://llama/step-7")
 
 
 def test_other_paths_go_to_lightning() -> None:
