@@ -21,7 +21,17 @@ from ckptd.errors import InvalidRequest, StateMismatch
 RESERVED = "ckptd"  # our own part of the objects' tree
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 # What a load_state_dict of somebody else's may raise when the state does not suit it.
-_FOREIGN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @runtime_checkable

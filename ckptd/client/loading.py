@@ -17,6 +17,7 @@ from ckptd.client.tensors import DTYPES
 from ckptd.client.universal_state import Universal, assign, extra_path, owned_by, take_apart
 from ckptd.errors import StateMismatch
 from ckptd.image import TensorRef
+from ckptd.storage.assemble import own_name
 from ckptd.storage.marks import leased
 from ckptd.storage.reading import Checkpoint, open_checkpoint
 from ckptd.storage.transfer import Job, Transferred
@@ -189,9 +190,11 @@ class Loading:
         return values
 
     def _resolved(self, tree: Any) -> Any:
-        """The tree with its tensors read."""
+        """The tree with its tensors read, as who kept the tree kept them."""
         if isinstance(tree, TensorRef):
-            return self._checkpoint[tree.name][...]
+            rank = self._matched.tree_rank
+            own = own_name(tree.name, rank)
+            return self._checkpoint[own if own in self._checkpoint else tree.name].read(..., rank)
         if type(tree) in (list, tuple):
             return type(tree)(self._resolved(item) for item in tree)
         if isinstance(tree, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from ckptd.storage.reading import Checkpoint
 Allowed = bool | Iterable[str]  # all, none, or those that match one of these patterns
 States = dict[Any, dict[str, Any]]  # of one optimizer, by parameter
 _NAMED_AT_MOST: Final = 5
+_OF_RANK: Final = re.compile(r"@[0-9]+$")  # `assemble.own_name`
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Match:
 
     prefix: str  # of the state's names in the checkpoint
     tree: dict[Any, Any]  # the stored values that are no tensors
+    tree_rank: int  # who kept them
     extras: Mapping[str, Any]  # extra states that are there, by the module's name in the state
     described: Mapping[str, Described]  # the tensors to fill, by stored name
     states: Mapping[str, States]  # what every optimizer is to be given, with tensors that it lacked made
@@ -54,7 +57,7 @@ def match(
         StateMismatch: names, shapes or dtypes differ, more than the arguments (`load`'s) allow.
         CorruptCheckpoint: what is stored is no state.
     """
-    prefix, tree = _prefix(checkpoint, found), _tree(checkpoint, rank)
+    prefix, (tree_rank, tree) = _prefix(checkpoint, found), _tree(checkpoint, rank)
     wanted = {prefix + name: tensor for name, tensor in found.tensors.items()}
     states = {name: _states(checkpoint, found, name, wanted) for name in found.attached.optimizers}
     stored = checkpoint.manifest.by_name
@@ -64,19 +67,22 @@ def match(
     extras = {name: extra_path(prefix.removesuffix("."), name) for name in found.extras}
     here = {*wanted, *(prefix + name for name in found.leaves), *extras.values()}
     there = {name for name in (*stored, *values, *kept) if name.startswith(prefix)}
-    missing, unexpected = sorted(here - there), sorted(there - here - _of_objects(found, tree))
+    # What a tree refers to is nobody's tensor; an extra state may be a tensor alone, and has its name.
+    referred = _of_objects(found, tree) - kept.keys()
+    surplus = {name for name in there - here if _OF_RANK.sub("", name) not in referred}
+    missing, unexpected = sorted(here - there), sorted(surplus)
     if strict:
         refused = [n for n in missing if not _allowed(n, allow_missing)]
-        surplus = [n for n in unexpected if not _allowed(n, allow_unexpected)]
-        if refused or surplus:
-            raise _names_differ(checkpoint, refused, surplus)
+        too_many = [n for n in unexpected if not _allowed(n, allow_unexpected)]
+        if refused or too_many:
+            raise _names_differ(checkpoint, refused, too_many)
     described = {}
     for name in sorted(here & stored.keys() & wanted.keys()):
         targets.check_materialized(name, wanted[name])
         described[name] = targets.describe(name, wanted[name], rank)
     _check_forms(described, stored, cast)
     given = {name: kept[path] for name, path in extras.items() if path in kept}
-    return Match(prefix, tree, given, described, states, tuple(missing), tuple(unexpected))
+    return Match(prefix, tree, tree_rank, given, described, states, tuple(missing), tuple(unexpected))
 
 
 def _states(checkpoint: Checkpoint, found: Universal, name: str, wanted: dict[str, torch.Tensor]) -> States:
@@ -137,24 +143,27 @@ def _prefix(checkpoint: Checkpoint, found: Universal) -> str:
     return f"{fitting[0]}." if len(fitting) == 1 and found.tensors else ""
 
 
-def _tree(checkpoint: Checkpoint, rank: int) -> dict[Any, Any]:
-    """The stored values: this rank's, or those of the first one where it had none.
+def _tree(checkpoint: Checkpoint, rank: int) -> tuple[int, dict[Any, Any]]:
+    """The stored values, and who kept them: this rank's, or those of the first one where it had none.
 
     In the consolidated form one file holds those of all ranks; it is the first or the last.
     """
     ranks = [stored.rank for stored in checkpoint.manifest.objects]
     wanted = [rank] if rank in ranks else ranks[:1]
     wanted += [*ranks[:1], *ranks[-1:]] if checkpoint.manifest.form == "consolidated" else []
-    tree = next((t for t in map(checkpoint.objects, dict.fromkeys(wanted)) if t is not None), None)
-    if tree is None:
-        return {}
+    trees = ((each, checkpoint.objects(each)) for each in dict.fromkeys(wanted))
+    keeper, tree = next(((each, tree) for each, tree in trees if tree is not None), (rank, {}))
     own = tree.get(RESERVED, {}) if isinstance(tree, dict) else None
-    parts = [own, own.get("values", {}), own.get("extra", {})] if isinstance(own, dict) else [own]
-    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in parts):
+    parts = [own.get(part, {}) for part in ("values", "extra")] if isinstance(own, dict) else [own]
+    if not isinstance(tree, dict) or not all(map(_is_named, parts)):
         raise CorruptCheckpoint(
             "the objects of this checkpoint are not a state", next="use another checkpoint"
         )
-    return tree
+    return keeper, tree
+
+
+def _is_named(part: object) -> bool:
+    return isinstance(part, dict) and all(isinstance(name, str) for name in part)
 
 
 def _of_objects(found: Universal, tree: Mapping[Any, Any]) -> set[str]:

@@ -21,6 +21,7 @@ from ckptd.storage.store import open_store
 
 log = logging.getLogger("ckptd")
 
+_EXTRA_STATES = "*extra_state"  # checkpoints of older releases have none: said, and gone on without
 _OTHER_RANKS = "*@[0-9]*"  # what only one rank had, in a form of its own
 
 
@@ -123,10 +124,12 @@ def _load(found: Newest, attached: Attached, rank: int, world_size: int) -> Resu
             state,
             rank,
             strict=True,
-            allow_missing=False,
+            allow_missing=_EXTRA_STATES,
             allow_unexpected=_OTHER_RANKS,
             cast=False,
         )
+        if matched.missing:
+            log.warning("%s has no %s; these stay as they are", found.url, ", ".join(matched.missing))
         Loading(checkpoint, state, matched).run()
         own = matched.tree.get(RESERVED, {})
         changed = None

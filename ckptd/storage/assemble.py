@@ -95,6 +95,11 @@ def writers(tables: Sequence[Sequence[LocalTensor]]) -> list[set[str]]:
     return chosen
 
 
+def own_name(name: str, rank: int) -> str:
+    """Returns what a rank's tensor is called that has another shape or dtype than the first one."""
+    return f"{name}@{rank}"
+
+
 def _by_name(parts: Sequence[Part]) -> dict[str, list[Held]]:
     found: dict[str, list[Held]] = {}
     for index, part in enumerate(parts):
@@ -102,7 +107,7 @@ def _by_name(parts: Sequence[Part]) -> dict[str, list[Held]]:
             name = tensor.name
             first = found[name][0][1] if name in found else tensor
             if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
-                name = f"{name}@{part.rank}"
+                name = own_name(name, part.rank)
             found.setdefault(name, []).append((index, tensor))
     return found
 

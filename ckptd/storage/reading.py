@@ -321,12 +321,16 @@ class StoredTensorView:
             IndexError, TypeError: as numpy does.
             CorruptCheckpoint: a block that holds some of them is damaged.
         """
+        return self.read(key)
+
+    def read(self, key: object, rank: int = 0) -> Any:
+        """Returns what `self[key]` does, of a tensor that differs between ranks as `rank` kept it."""
         box, rest = _box(key, self.shape)
         dtype = numpy_dtype(self.dtype)
         sizes = tuple(stop - start for start, stop in box)
         values: Array = np.empty(sizes, dtype)
         if values.size:
-            tiles = _one_box(self.shape, [start for start, _ in box], sizes, self.name)
+            tiles = _one_box(self.shape, [start for start, _ in box], sizes, self.name, rank)
             job = transfer.Job(self._checkpoint)
             job.want(self.name, tiles, {self.name: values.reshape(-1)})
             job.run()
@@ -365,14 +369,24 @@ def _box(key: object, shape: tuple[int, ...]) -> tuple[list[tuple[int, int]], tu
     return box, tuple(rest)
 
 
-def _one_box(shape: tuple[int, ...], offset: Sequence[int], sizes: tuple[int, ...], array: str) -> Tiles:
+def _one_box(
+    shape: tuple[int, ...], offset: Sequence[int], sizes: tuple[int, ...], array: str, place: int
+) -> Tiles:
     def row(values: Sequence[int]) -> NDArray[np.int64]:
         return np.array([list(values)], np.int64).reshape(1, len(shape))
 
     zero = np.zeros(1, np.int64)
     assert math.prod(sizes)
     return Tiles(
-        shape, row(offset), row(sizes), zero, zero, zero, row(boxes.row_major(sizes)), zero, (array,)
+        shape,
+        row(offset),
+        row(sizes),
+        np.full(1, place, np.int64),
+        zero,
+        zero,
+        row(boxes.row_major(sizes)),
+        zero,
+        (array,),
     )
 
 

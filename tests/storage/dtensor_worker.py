@@ -25,6 +25,43 @@ def wholes() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
+class Own:
+    """An object whose state differs from rank to rank, one tensor in its values and one in its shape."""
+
+    def __init__(self, rank: int) -> None:
+        self.held = {"value": torch.full((2,), float(rank)), "shape": torch.full((1 + rank,), float(rank))}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.held
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.held = state
+
+
+class Noted(torch.nn.Linear):
+    """A module with such an extra state."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(2, 2)
+        self.own = Own(rank)
+
+    def get_extra_state(self) -> dict[str, torch.Tensor]:
+        return self.own.held
+
+    def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.own.held = state
+
+
+def check_own_states(url: str, rank: int) -> None:
+    """What an object or a module keeps beside its tensors comes back as this rank had it."""
+    ckptd.save(url, {"own": Own(rank), "model": Noted(rank)})
+    own, model = Own(99), Noted(99)
+    ckptd.load(url, {"own": own, "model": model})
+    for held in (own.held, model.own.held):
+        for name, expected in Own(rank).held.items():
+            assert torch.equal(held[name], expected), (rank, name, held)
+
+
 def main(directory: Path, rank: int, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
     flat = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
@@ -58,6 +95,7 @@ def main(directory: Path, rank: int, world: int) -> None:
                 made[name] = distribute_tensor(whole, mesh, fitting)
         return made
 
+    check_own_states(str(directory / "own"), rank)
     whole = wholes()
     zeros = {name: torch.zeros_like(value) for name, value in whole.items()}
     for stored in layouts:

@@ -282,6 +282,16 @@ def test_a_missing_or_surplus_extra_state_is_named(tmp_path: Path) -> None:
     assert report.missing == ("model.0.extra_state", "model.2.extra_state")
 
 
+def test_an_extra_state_that_is_a_tensor_alone_is_named_too(tmp_path: Path) -> None:
+    ckptd.save(str(tmp_path / "step-1"), {"model": noted(torch.ones(3))})
+    fresh = noted(None)
+    ckptd.load(str(tmp_path / "step-1"), into={"model": fresh})
+    assert torch.equal(fresh.get_submodule("0").notes, torch.ones(3))
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    with pytest.raises(StateMismatch, match=r"2 only in the checkpoint: model\.0\.extra_state"):
+        ckptd.load(str(tmp_path / "step-1"), into={"model": plain})
+
+
 def test_an_extra_state_that_has_no_safe_form_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsafeObject, match="extra"):
         ckptd.save(str(tmp_path / "step-1"), {"model": noted(object())})
