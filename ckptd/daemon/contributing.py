@@ -7,27 +7,24 @@ bytes go out as they lie in the arena, but for differences, which are made in sc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptd.errors import CkptdError, CorruptImage
 from ckptd.failpoints import failpoint
 from ckptd.image.digest import CELL_BYTES, cell_digests, mismatches
 from ckptd.memory.bulk import Connection
-from ckptd.memory.change import StripeMap, can_be_base, digest_table, stripe_map
+from ckptd.memory.change import Run, can_be_base, digest_table, pieces, stripe_map
 from ckptd.memory.holding import Holding, chunk_cells
 from ckptd.memory.pace import Pace
 from ckptd.v1 import bulk_pb2, common_pb2
 
-# Cells of one frame, 4 MiB: a frame costs nothing beside its bytes, and giving up is soon.
-FRAME_CELLS = 64
+# Cells of one frame, 16 MiB: a frame costs little beside its bytes, and giving up is soon.
+FRAME_CELLS = 256
 # As long as a training job lives, differences are rare enough for small pieces.
 _DELTA_CELLS = 16
-
-Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -98,27 +95,26 @@ class Chunk:
 
     def _frames(self, terms: bulk_pb2.Terms) -> Iterator[tuple[bulk_pb2.Contribution, list[memoryview]]]:
         base = self.base_at(terms.base_step) if terms.has_base else None
-        cells, of_map = self._cells(terms, base)
-        raw = of_map.raw[cells]
-        at = terms.first
-        if at >= len(cells):
+        runs, holding = self._runs(terms, base), self.holding
+        # Of this chunk, in the node's image.
+        start, _ = chunk_cells(holding.seals[holding.position], self.chunk, holding.chunk_bytes)
+        at, end = terms.first, runs[-1].end if runs else 0
+        if at >= end:
             yield bulk_pb2.Contribution(first=at, final=True), []
-        while at < len(cells):
-            limit = FRAME_CELLS if raw[at] else _DELTA_CELLS
-            same = raw[at : at + limit] == raw[at]
-            end = at + (len(same) if same.all() else int(np.argmin(same)))
-            views, digests = self._as_they_lie(cells[at:end]), b""
-            if not raw[at]:
+        while at < end:
+            some = pieces(runs, at, min(at + FRAME_CELLS, end), FRAME_CELLS)
+            raw, alike = next(itertools.groupby(some, key=lambda run: run.raw))
+            first, frame = at, list(alike)
+            if raw:
+                at, views, digests = frame[-1].end, self._as_they_lie(start, frame), b""
+            else:
                 assert base is not None
-                views, digests = self._differences(base, cells[at:end])
-            yield (
-                bulk_pb2.Contribution(first=at, final=end == len(cells), delta=not raw[at], digests=digests),
-                views,
-            )
-            at = end
+                cells = [start + cell for run in frame for cell in run.cells][:_DELTA_CELLS]
+                at, (views, digests) = at + len(cells), self._differences(base, cells)
+            yield bulk_pb2.Contribution(first=first, final=at == end, delta=not raw, digests=digests), views
 
-    def _cells(self, terms: bulk_pb2.Terms, base: Holding | None) -> tuple[Indices, StripeMap]:
-        """The cells that travel, and the map of their stripe, if both ends derive the same one."""
+    def _runs(self, terms: bulk_pb2.Terms, base: Holding | None) -> list[Run]:
+        """The cells that travel, if both ends derive the same map of their stripe."""
         holding = self.holding
         if terms.has_base and (base is None or not can_be_base(holding, base)):
             raise CorruptImage(
@@ -139,32 +135,28 @@ class Chunk:
                 f"{self.sender} and the holder of the parity have different seal records",
             )
         symbol = holding.geometry.symbol_on(holding.index, self.stripe)
-        return np.flatnonzero(of_map.sends[symbol]), of_map
+        return of_map.runs(symbol)
 
-    def _first_cell(self) -> int:
-        holding = self.holding
-        return chunk_cells(holding.seals[holding.position], self.chunk, holding.chunk_bytes)[0]
-
-    def _as_they_lie(self, cells: Indices) -> list[memoryview]:
-        first = self._first_cell()
-        edges = [0, *(np.flatnonzero(np.diff(cells) != 1) + 1).tolist(), len(cells)]
+    def _as_they_lie(self, start: int, frame: Sequence[Run]) -> list[memoryview]:
         views: list[memoryview] = []
-        for begin, end in itertools.pairwise(edges):
-            views += self.holding.data_cells(first + int(cells[begin]), end - begin)
+        for run in frame:
+            views += self.holding.data_cells(start + run.cells.start, len(run.cells))
         return views
 
-    def _differences(self, base: Holding, cells: Indices) -> tuple[list[memoryview], bytes]:
-        """old xor new of these cells, and the digests of that; both sides are verified on the way."""
-        first = self._first_cell()
+    def _differences(self, base: Holding, cells: Sequence[int]) -> tuple[list[memoryview], bytes]:
+        """old xor new of these cells, and the digests of that; both sides are verified on the way.
+
+        Args:
+            cells: of the node's image.
+        """
         out = np.empty((len(cells), CELL_BYTES), np.uint8)
         for holding in (self.holding, base):
             table = digest_table(holding.seals[holding.position])
             for row, cell in enumerate(cells):
-                (view,) = holding.data_cells(first + int(cell), 1)
-                if mismatches(view, table[first + int(cell)].tobytes()):
+                (view,) = holding.data_cells(cell, 1)
+                if mismatches(view, table[cell].tobytes()):
                     raise CorruptImage(
-                        f"a cell of step {holding.step} is damaged on {self.sender}",
-                        f"cell {first + int(cell)}",
+                        f"a cell of step {holding.step} is damaged on {self.sender}", f"cell {cell}"
                     )
                 new = np.frombuffer(view, np.uint8)
                 if holding is base:

@@ -6,14 +6,13 @@ in memory that stays in the processor's cache; the event loop is asked once per 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
 from ckptd.daemon.bridge import Bridge
 from ckptd.daemon.job import Job
@@ -22,9 +21,9 @@ from ckptd.errors import CkptdError, CorruptImage, InvalidRequest, ProtocolMisma
 from ckptd.failpoints import failpoint
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
 from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
-from ckptd.memory.change import StripeMap, can_be_base, digest_table, stripe_map, worthwhile
+from ckptd.memory.change import Run, StripeMap, can_be_base, pieces, stripe_map, worthwhile
 from ckptd.memory.fold import Base, Fold
-from ckptd.memory.holding import Holding, chunk_cells, node_bytes, seal_fault
+from ckptd.memory.holding import Holding, chunk_cells, node_bytes, node_digests, seal_fault
 from ckptd.v1 import bulk_pb2
 
 log = logging.getLogger("ckptd.protection")
@@ -45,9 +44,14 @@ class _Ticket:
     fold: Fold
     stripe: int
     node: int
-    cells: NDArray[np.intp]  # those that travel, in the chunk
-    digests: NDArray[np.uint8]  # of all cells of the chunk that the image covers
+    chunk: int  # of the node's image; the number of the stripe's data symbol, too
+    digests: bytes  # of all cells of the chunk that the image covers
     terms: bulk_pb2.Terms
+
+    @functools.cached_property
+    def runs(self) -> list[Run]:
+        """The cells that travel; made on the peer's thread, as there may be many."""
+        return self.fold.map_of(self.stripe).runs(self.chunk)
 
 
 class Receiving:
@@ -121,46 +125,50 @@ class Receiving:
 
     def _take_frame(self, connection: Connection, ticket: _Ticket, frame: bulk_pb2.BulkHeader) -> None:
         contribution, count = frame.contribution, frame.payload_bytes // CELL_BYTES
-        first = contribution.first
-        cells = ticket.cells[first : first + count]
-        if frame.payload_bytes % CELL_BYTES or len(cells) != count:
+        first, end = contribution.first, contribution.first + count
+        travelling = ticket.runs[-1].end if ticket.runs else 0
+        if frame.payload_bytes % CELL_BYTES or end > travelling:
             raise InvalidRequest(
-                f"{frame.payload_bytes} bytes from cell {first} on", f"{len(ticket.cells)} whole cells travel"
+                f"{frame.payload_bytes} bytes from cell {first} on", f"{travelling} whole cells travel"
             )
-        delta = ~ticket.fold.map_of(ticket.stripe).raw[cells]
-        if delta.any() != contribution.delta or (delta.all() != contribution.delta and count):
+        runs = list(pieces(ticket.runs, first, end, BLOCK_CELLS))
+        if any(run.raw == contribution.delta for run in runs):
             raise InvalidRequest("cells of another mode than agreed upon")
-        digests = contribution.digests if contribution.delta else ticket.digests[cells].tobytes()
-        if len(digests) != count * DIGEST_BYTES:
-            raise InvalidRequest(f"{len(digests)} bytes of digests", f"expected {count * DIGEST_BYTES}")
-        for at in range(0, count, BLOCK_CELLS):
-            some = cells[at : at + BLOCK_CELLS]
-            expected = digests[at * DIGEST_BYTES : (at + len(some)) * DIGEST_BYTES]
+        told = contribution.digests
+        if contribution.delta and len(told) != count * DIGEST_BYTES:
+            raise InvalidRequest(f"{len(told)} bytes of digests", f"expected {count * DIGEST_BYTES}")
+        for run in runs:
             if ticket.fold.cancelled:
                 # The peer will hear of it; what it has begun to send has to be taken.
-                connection.receive_into(_block()[: len(some) * CELL_BYTES])
+                connection.receive_into(_block()[: len(run.cells) * CELL_BYTES])
+            elif run.raw:
+                self._take_run(
+                    connection, ticket, run, _part(ticket.digests, run.cells.start, run.cells.stop)
+                )
             else:
-                self._take_block(connection, ticket, first + at, some, expected)
+                self._take_run(connection, ticket, run, _part(told, run.first - first, run.end - first))
 
-    def _take_block(
-        self, connection: Connection, ticket: _Ticket, first: int, cells: NDArray[np.intp], digests: bytes
-    ) -> None:
+    def _take_run(self, connection: Connection, ticket: _Ticket, run: Run, digests: bytes) -> None:
         received = False
+
+        def receive(payload: memoryview) -> None:
+            nonlocal received
+            connection.receive_into(payload)
+            failpoint("daemon.receiving")
+            received = True
+            if wrong := mismatches(payload, digests):
+                self.corrupt_cells += len(wrong)
+                raise _Damaged(f"cells of step {ticket.holding.step} changed on their way")
+
         try:
-            with ticket.fold.taking(ticket.stripe, ticket.node, first, cells, digests, _block()) as payload:
-                connection.receive_into(payload)
-                failpoint("daemon.receiving")
-                received = True
-                if wrong := mismatches(payload, digests):
-                    self.corrupt_cells += len(wrong)
-                    raise _Damaged(f"cells of step {ticket.holding.step} changed on their way")
+            ticket.fold.take(ticket.stripe, ticket.node, run, digests, _block(), receive)
         except ValueError as error:
             if not ticket.fold.cancelled:
                 raise InvalidRequest(
                     f"contribution to step {ticket.holding.step} refused", str(error)
                 ) from error
             if not received:
-                connection.receive_into(_block()[: len(cells) * CELL_BYTES])
+                connection.receive_into(_block()[: len(run.cells) * CELL_BYTES])
         except _Damaged:
             raise
         except CorruptImage as error:  # our own base
@@ -254,9 +262,8 @@ class Receiving:
             map_digest=of_map.digest,
             first=fold.next_of(offer.stripe, node),
         )
-        cells = np.flatnonzero(of_map.sends[offer.chunk])
-        digests = digest_table(seal)[first : first + count]
-        return _Ticket(job, holding, fold, offer.stripe, node, cells, digests, terms)
+        digests = node_digests(seal)[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+        return _Ticket(job, holding, fold, offer.stripe, node, offer.chunk, digests, terms)
 
     async def _all_sealed(self, job: Job, holding: Holding) -> bool:
         """Waits for the seal records of the whole group; False when the step is given up meanwhile."""
@@ -347,3 +354,7 @@ def _block() -> memoryview:
         _scratch.block = memoryview(bytearray(BLOCK_BYTES))
     block: memoryview = _scratch.block
     return block
+
+
+def _part(digests: bytes, first: int, end: int) -> bytes:
+    return digests[first * DIGEST_BYTES : end * DIGEST_BYTES]

@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from google.protobuf.message import DecodeError
 from xxhash import xxh3_64_digest, xxh3_128_digest
@@ -86,9 +86,9 @@ class Connection:
         text = header.SerializeToString()
         text += xxh3_64_digest(text)
         assert len(text) <= MAX_HEADER_BYTES
-        with self._errors("sending"):
-            end = time.monotonic() + self._timeout_s
-            views = [memoryview(_LENGTH.pack(len(text)) + text), *payload]
+        end = time.monotonic() + self._timeout_s
+        views = [memoryview(_LENGTH.pack(len(text)) + text), *payload]
+        try:
             while views:
                 sent = self._sock.sendmsg(views[:_IOV_MAX])
                 while views and sent >= views[0].nbytes:
@@ -97,18 +97,22 @@ class Connection:
                     views[0] = views[0][sent:]
                 if views and time.monotonic() > end:
                     raise TimeoutError("bytes went out too slowly")
+        except OSError as error:
+            raise _failure(error, "sending") from error
 
     def receive(self, *, idle: bool = False) -> bulk_pb2.BulkHeader | None:
         """The next frame's header, or None at an orderly end; its payload is still to be read.
 
         With `idle` the frame may begin at any time, and only then has to come in time.
         """
-        with self._errors("receiving"):
+        try:
             if idle:
                 self._bound_receiving(0)
             first = self._sock.recv(_LENGTH.size)
             if idle:
                 self._bound_receiving(self._timeout_s)
+        except OSError as error:
+            raise _failure(error, "receiving") from error
         if not first:
             return None
         prefix = bytearray(_LENGTH.size)
@@ -143,9 +147,9 @@ class Connection:
 
     def receive_into(self, view: memoryview) -> None:
         """Fills `view` with payload bytes."""
-        with self._errors("receiving"):
-            # The socket's own timeout bounds silence; this bounds a peer that sends drop by drop.
-            end = time.monotonic() + self._timeout_s
+        # The socket's own timeout bounds silence; this bounds a peer that sends drop by drop.
+        end = time.monotonic() + self._timeout_s
+        try:
             while view.nbytes:
                 got = self._sock.recv_into(view, view.nbytes, socket.MSG_WAITALL)
                 if not got:
@@ -153,6 +157,8 @@ class Connection:
                 view = view[got:]
                 if view.nbytes and time.monotonic() > end:
                     raise TimeoutError("bytes came in too slowly")
+        except OSError as error:
+            raise _failure(error, "receiving") from error
 
     def receive_text(self, count: int) -> bytes:
         """The message that a payload of `count` bytes is, see `message`; room is made as they come.
@@ -230,14 +236,11 @@ class Connection:
         with contextlib.suppress(OSError):  # the owner may close it at this very moment
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
-    @contextlib.contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except (TimeoutError, BlockingIOError) as error:  # the latter is the kernel's timeout
-            raise DeadlineExceeded(f"bulk peer too slow while {doing}") from error
-        except OSError as error:
-            raise Unreachable(f"bulk connection broke while {doing}", str(error)) from error
+
+def _failure(error: OSError, doing: str) -> CkptdError:
+    if isinstance(error, TimeoutError | BlockingIOError):  # the latter is the kernel's timeout
+        return DeadlineExceeded(f"bulk peer too slow while {doing}")
+    return Unreachable(f"bulk connection broke while {doing}", str(error))
 
 
 def _timeval(seconds: float) -> bytes:

@@ -12,8 +12,11 @@ derive the same map from the seal records of the step and of its base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +32,21 @@ _WORTHWHILE = 0.1
 
 Mask = NDArray[np.bool_]
 Digests = NDArray[np.uint8]
+
+
+class Run(NamedTuple):
+    """Neighbouring cells that one node sends one after another, in one mode."""
+
+    # Position of the first one in the list of all cells that the node sends.
+    first: int
+    # In the chunk.
+    cells: range
+    raw: bool
+
+    @property
+    def end(self) -> int:
+        """Position after the last one."""
+        return self.first + len(self.cells)
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,32 @@ class StripeMap:
     def sent(self) -> int:
         """Cells that travel, from all senders."""
         return sum(int(mask.sum()) for mask in self.sends)
+
+    def runs(self, symbol: int) -> list[Run]:
+        """What the node of this data symbol sends, in order; neighbours in as few runs as can be."""
+        cells = np.flatnonzero(self.sends[symbol])
+        raw = self.raw[cells]
+        starts = np.flatnonzero((np.diff(cells) != 1) | np.diff(raw)) + 1
+        edges = [0, *starts.tolist(), len(cells)] if len(cells) else []
+        return [
+            Run(first, range(int(cells[first]), int(cells[end - 1]) + 1), bool(raw[first]))
+            for first, end in itertools.pairwise(edges)
+        ]
+
+
+def pieces(runs: Sequence[Run], first: int, end: int, limit: int) -> Iterator[Run]:
+    """What lies at positions first..end-1 of the list, in pieces of one run and of at most `limit` cells.
+
+    Args:
+        runs: of the whole list, which has `end` cells or more.
+    """
+    index = bisect.bisect_right(runs, first, key=lambda run: run.first) - 1
+    while first < end:
+        run = runs[index]
+        cells = run.cells[first - run.first :][: min(limit, end - first)]
+        yield Run(first, cells, run.raw)
+        first += len(cells)
+        index += first == run.end
 
 
 def digest_table(seal: bulk_pb2.SealRecord) -> Digests:

@@ -10,26 +10,22 @@ A fold counts only when it is complete; one that is cancelled leaves nothing beh
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptd.erasure import Code
 from ckptd.erasure.stripe import Geometry
 from ckptd.errors import CorruptImage
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, cell_digests, mismatches
-from ckptd.memory.change import StripeMap
+from ckptd.memory.change import Run, StripeMap
 
 _TAIL_CELLS = 16  # cells that nobody sends are made in pieces, so that a cancel waits for one piece only
 _ZEROS = bytes(_TAIL_CELLS * CELL_BYTES)
 _ZERO_DIGEST = cell_digests(bytes(CELL_BYTES))
-
-Indices = NDArray[np.intp]
+_ONE_LESS = bytes([0, *range(255)])  # for `translate`
 
 
 @dataclass(frozen=True)
@@ -62,19 +58,16 @@ class Fold:
     ) -> None:
         assert base is not None or all(m.raw.all() for m in maps)
         self.base = base
-        self._geometry = geometry
+        self._parities: dict[int, _Parity] = {}
+        # By stripe and node: the parity that it goes into, and the number of its data symbol.
+        self._awaited: dict[tuple[int, int], tuple[_Parity, int]] = {}
         code = Code(geometry.data_chunks, geometry.parity)
-        # Parity p lies here for exactly one stripe; several senders feed it.
-        self._stripes = [geometry.parity_stripe(node, p) for p in range(geometry.parity)]
-        self._parities = [
-            _Parity(p, code, chunk, stripe_map, base)
-            for p, (chunk, stripe_map) in enumerate(zip(chunks, maps, strict=True))
-        ]
-        self._expected = {
-            (stripe, geometry.data_source(stripe, symbol)[0])
-            for stripe in self._stripes
-            for symbol in range(geometry.data_chunks)
-        }
+        for p, (chunk, stripe_map) in enumerate(zip(chunks, maps, strict=True)):
+            # Parity p lies here for exactly one stripe; several senders feed it.
+            stripe = geometry.parity_stripe(node, p)
+            self._parities[stripe] = parity = _Parity(p, code, chunk, stripe_map, base)
+            for symbol in range(geometry.data_chunks):
+                self._awaited[stripe, geometry.data_source(stripe, symbol)[0]] = parity, symbol
         # Invariant: a contribution is in `_done` only when all its cells are folded.
         self._done: set[tuple[int, int]] = set()
         self._next: dict[tuple[int, int], int] = {}
@@ -89,7 +82,7 @@ class Fold:
     @property
     def complete(self) -> bool:
         """Whether every contribution has been folded."""
-        return self._done == self._expected
+        return len(self._done) == len(self._awaited)
 
     def map_of(self, stripe: int) -> StripeMap:
         """Which cells of this stripe travel.
@@ -97,7 +90,9 @@ class Fold:
         Raises:
             ValueError: its parity does not lie here.
         """
-        return self._parity_of(stripe).map
+        if stripe not in self._parities:
+            raise ValueError(f"no parity of stripe {stripe} lies here")
+        return self._parities[stripe].map
 
     def done(self, stripe: int, node: int) -> bool:
         """Whether this contribution has been folded."""
@@ -107,49 +102,52 @@ class Fold:
         """How many of the cells that `node` sends to this stripe have been folded."""
         return self._next.get((stripe, node), 0)
 
-    @contextlib.contextmanager
-    def taking(
-        self, stripe: int, node: int, first: int, cells: Indices, digests: bytes, scratch: memoryview
-    ) -> Iterator[memoryview]:
-        """Where to receive cells of `node`; on leaving without an error they are folded, each exactly once.
-
-        The caller fills the buffer and verifies it before it leaves; with an error, nothing counts.
+    def take(
+        self,
+        stripe: int,
+        node: int,
+        run: Run,
+        digests: bytes,
+        scratch: memoryview,
+        receive: Callable[[memoryview], None],
+    ) -> None:
+        """Receives cells of `node` and folds them, each exactly once.
 
         Args:
-            first: position of the first one in the list of cells that this node sends.
-            cells: their ascending indices in the chunk.
+            run: which of the cells that this node sends; of this fold's map.
             digests: of the cells as they travel, 16 bytes each.
             scratch: room for them, where they cannot be received in place.
+            receive: fills a buffer and verifies it; where it raises, nothing counts.
 
         Raises:
-            ValueError: not a contribution that this node awaits, out of order, or given up.
+            ValueError: not a contribution that this node awaits, out of order, or given up;
+                if that was before `receive`, it is not called.
             CorruptImage: the base's parity is damaged.
         """
-        key, parity = (stripe, node), self._parity_of(stripe)
-        if key not in self._expected:
-            raise ValueError(f"stripe {stripe} of node {node} is not awaited here")
-        symbol = self._geometry.symbol_on(node, stripe)
+        key, cells = (stripe, node), run.cells
+        parity, symbol = self._find(key)
         with parity.lock:
-            place = parity.reserve(symbol, cells) if self._turn(key, first) == first else None
-        if place is None:
+            in_place = self._turn(key, run.first) == run.first and parity.reserve(symbol, cells)
+        if not in_place:
             payload = scratch[: len(cells) * CELL_BYTES]
-            yield payload
-            self._add(key, first, cells, payload)
+            receive(payload)
+            self._add(key, run, payload)
             return
         landed = False
         try:
-            yield parity.view(place)
+            receive(parity.view(cells))
             landed = True
         finally:
             with parity.lock:
+                landed = landed and not self._cancelled
                 # Whoever comes second with the same cells has waited for this one.
-                parity.land(place, digests if landed and not self._cancelled else None)
-                if landed and not self._cancelled:
-                    self._next[key] = first + len(cells)
+                parity.land(cells, digests if landed else None)
+                if landed:
+                    self._next[key] = run.first + len(cells)
 
-    def _add(self, key: tuple[int, int], first: int, cells: Indices, payload: memoryview) -> None:
-        stripe, node = key
-        parity = self._parity_of(stripe)
+    def _add(self, key: tuple[int, int], run: Run, payload: memoryview) -> None:
+        parity, symbol = self._find(key)
+        first, cells = run.first, run.cells
         # A sender that lost its connection sends again while its old frames are still being
         # read here: whose turn it is can only be said under the lock.
         with parity.lock:
@@ -159,8 +157,7 @@ class Fold:
                 # Meanwhile another thread may have brought the same.
                 again = self._turn(key, first) - first
             if again < len(cells):
-                symbol = self._geometry.symbol_on(node, stripe)
-                parity.take(symbol, cells[again:], payload[again * CELL_BYTES :])
+                parity.fold(symbol, cells[again:], payload[again * CELL_BYTES :])
                 self._next[key] = first + len(cells)
 
     def _turn(self, key: tuple[int, int], first: int) -> int:
@@ -178,9 +175,9 @@ class Fold:
         Raises:
             ValueError: it is not awaited here, or not all its cells have come.
         """
-        key, parity = (stripe, node), self._parity_of(stripe)
-        symbol = self._geometry.symbol_on(node, stripe)
-        cells = int(parity.map.sends[symbol].sum()) if key in self._expected else -1
+        key = (stripe, node)
+        parity, symbol = self._find(key)
+        cells = int(parity.map.sends[symbol].sum())
         if self.next_of(stripe, node) != cells:
             raise ValueError(f"{key} ends after {self.next_of(stripe, node)} cells, expected {cells}")
         with self._lock:
@@ -195,150 +192,157 @@ class Fold:
             CorruptImage: the base's parity is damaged.
         """
         assert self.complete
-        return [parity.finish(lambda: self._cancelled) for parity in self._parities]
+        return [parity.finish(lambda: self._cancelled) for parity in self._parities.values()]
 
     def cancel(self) -> None:
         """Nothing is begun any more; the slot may be given to another step once the fold is not `busy`."""
         self._cancelled = True
-        for parity in self._parities:
+        for parity in self._parities.values():
             with parity.lock:
-                parity.lock.notify_all()
+                parity.landed.notify_all()
 
     @property
     def busy(self) -> bool:
         """Whether bytes are being received where the parity lies."""
-        return any(parity.landing for parity in self._parities)
+        return any(parity.landing for parity in self._parities.values())
 
-    def _parity_of(self, stripe: int) -> _Parity:
-        if stripe not in self._stripes:
-            raise ValueError(f"no parity of stripe {stripe} lies here")
-        return self._parities[self._stripes.index(stripe)]
+    def _find(self, key: tuple[int, int]) -> tuple[_Parity, int]:
+        if key not in self._awaited:
+            raise ValueError(f"stripe {key[0]} of node {key[1]} is not awaited here")
+        return self._awaited[key]
 
 
 class _Parity:
-    """One parity chunk being made.  Invariant: a cell with no sender left is digested."""
+    """One parity chunk being made.  Invariant: a cell with no sender left is digested.
+
+    What is known of the cells lies in bytes, one per cell: arrays cost more than the work on the
+    few cells that come at a time.
+    """
 
     def __init__(
         self, index: int, code: Code, chunk: memoryview, stripe_map: StripeMap, base: Base | None
     ) -> None:
         self.map = stripe_map
-        self.lock = threading.Condition()
+        self.lock = threading.Lock()
+        self.landed = threading.Condition(self.lock)
         # Runs of cells that are being received in place.  Invariant: none of them is begun.
-        self.landing: list[slice] = []
+        self.landing: list[range] = []
         self._index = index
         self._code = code
         self._chunk = chunk
         self._base = base
-        self._senders_left = np.stack(stripe_map.sends).sum(axis=0, dtype=np.int16)
-        self._begun = np.zeros(len(stripe_map.raw), np.bool_)
-        self._digests = np.zeros((len(stripe_map.raw), DIGEST_BYTES), np.uint8)
+        self._plain = [code.is_one(symbol, index) for symbol in range(code.k)]
+        self._raw = stripe_map.raw.tobytes()
+        self._senders_left = bytearray(np.stack(stripe_map.sends).sum(axis=0, dtype=np.uint8).tobytes())
+        self._begun = bytearray(len(self._raw))
+        self._digests = bytearray(len(self._raw) * DIGEST_BYTES)
 
     # The caller of these holds the lock.
 
-    def view(self, run: slice) -> memoryview:
+    def view(self, cells: range) -> memoryview:
         """The bytes of these cells."""
-        return self._chunk[run.start * CELL_BYTES : run.stop * CELL_BYTES]
+        return self._chunk[cells.start * CELL_BYTES : cells.stop * CELL_BYTES]
 
-    def reserve(self, symbol: int, cells: Indices) -> slice | None:
-        """A run that may be received in place, as nothing is there yet and nothing has to be computed."""
-        if not len(cells) or not self._code.is_one(symbol, self._index):
-            return None
-        run = slice(int(cells[0]), int(cells[-1]) + 1)
-        fresh = run.stop - run.start == len(cells) and not self._begun[run].any() and self.map.raw[run].all()
-        if not fresh or self._lands(run):
-            return None
-        self.landing.append(run)
-        return run
+    def reserve(self, symbol: int, cells: range) -> bool:
+        """Whether they may be received in place, as nothing is there yet and nothing has to be computed."""
+        fresh = self._raw[cells.start] and 1 not in self._begun[cells.start : cells.stop]
+        if not fresh or not self._plain[symbol] or self._lands(cells):
+            return False
+        self.landing.append(cells)
+        return True
 
-    def land(self, run: slice, digests: bytes | None) -> None:
-        """Ends a reservation: the run holds a whole contribution now, or, without digests, nothing."""
-        self.landing.remove(run)
+    def land(self, cells: range, digests: bytes | None) -> None:
+        """Ends a reservation: the cells hold a whole contribution now, or, without digests, nothing."""
+        self.landing.remove(cells)
         if digests is not None:
-            self._begun[run] = True
-            self._senders_left[run] -= 1
+            self._count(cells)
             # What only one node sends is final, and has the digests of what came.
-            self._digests[run] = _table(digests)
-        self.lock.notify_all()
+            self._set_digests(cells, digests)
+        self.landed.notify_all()
 
-    def await_landing(self, cells: Indices) -> None:
+    def await_landing(self, cells: range) -> None:
         """Waits while others receive these cells in place; they end, or their deadline ends them."""
-        run = slice(int(cells[0]), int(cells[-1]) + 1)
-        self.lock.wait_for(lambda: not self._lands(run))
+        self.landed.wait_for(lambda: not self._lands(cells))
 
-    def _lands(self, run: slice) -> bool:
-        return any(other.start < run.stop and run.start < other.stop for other in self.landing)
+    def _lands(self, cells: range) -> bool:
+        return any(other.start < cells.stop and cells.start < other.stop for other in self.landing)
 
-    def take(self, symbol: int, cells: Indices, payload: memoryview) -> None:
-        """Folds cells of one data symbol."""
-        for at, run in _runs(cells, self._begun[cells], self.map.raw[cells]):
-            view = self.view(run)
-            part = payload[at * CELL_BYTES : at * CELL_BYTES + len(view)]
-            if not self._begun[run.start] and self.map.raw[run.start]:
+    def fold(self, symbol: int, cells: range, payload: memoryview) -> None:
+        """Folds cells of one data symbol, all of one mode."""
+        for run in self._alike(cells):
+            view, at = self.view(run), (run.start - cells.start) * CELL_BYTES
+            part = payload[at : at + len(view)]
+            if not self._begun[run.start] and self._raw[run.start]:
                 self._code.begin_one(symbol, self._index, part, view)
             else:
                 if not self._begun[run.start]:
                     self._copy_base(run)
                 self._code.update_one(symbol, self._index, part, view)
-            self._begun[run] = True
-            self._senders_left[run] -= 1
+            self._count(run)
             self._digest_last(run)
 
-    def _digest_last(self, run: slice) -> None:
-        """Digests the cells of `run` that no sender is left for."""
-        if not self._senders_left[run].any():
-            self._digests[run] = _table(cell_digests(self.view(run)))
-            return
-        for cell in np.flatnonzero(self._senders_left[run] == 0) + run.start:
-            self._digests[cell] = _table(cell_digests(self.view(slice(cell, cell + 1))))
+    def _alike(self, cells: range) -> Iterator[range]:
+        """`cells`, cut where one is begun and the next one is not, or the other way round."""
+        at = cells.start
+        while at < cells.stop:
+            end = self._begun.find(1 - self._begun[at], at, cells.stop)
+            run = range(at, end if end >= 0 else cells.stop)
+            yield run
+            at = run.stop
+
+    def _count(self, cells: range) -> None:
+        """Notes that one sender's contribution is in them."""
+        span = slice(cells.start, cells.stop)
+        self._begun[span] = b"\1" * len(cells)
+        self._senders_left[span] = self._senders_left[span].translate(_ONE_LESS)
+
+    def _digest_last(self, cells: range) -> None:
+        """Digests those of `cells` that no sender is left for."""
+        final = self._senders_left.count(0, cells.start, cells.stop)
+        if final == len(cells):
+            self._set_digests(cells, cell_digests(self.view(cells)))
+        elif final:
+            for cell in cells:
+                if not self._senders_left[cell]:
+                    one = range(cell, cell + 1)
+                    self._set_digests(one, cell_digests(self.view(one)))
+
+    def _set_digests(self, cells: range, digests: bytes) -> None:
+        self._digests[cells.start * DIGEST_BYTES : cells.stop * DIGEST_BYTES] = digests
 
     def finish(self, cancelled: Callable[[], bool]) -> bytes:
         """Makes the cells that nobody sends; returns the digests of all."""
-        for _, run in _runs(np.flatnonzero(~self._begun)):
-            for start in range(run.start, run.stop, _TAIL_CELLS):
-                piece = slice(start, min(start + _TAIL_CELLS, run.stop))
-                with self.lock:
-                    if cancelled():  # the slot may be another step's already
-                        break
-                    self._make_unsent(piece)
-        return self._digests.tobytes()
+        begin = self._begun.find(0)
+        while begin >= 0:
+            end = self._begun.find(1, begin, begin + _TAIL_CELLS)
+            piece = range(begin, end if end >= 0 else min(begin + _TAIL_CELLS, len(self._begun)))
+            with self.lock:
+                if cancelled():  # the slot may be another step's already
+                    break
+                self._make_unsent(piece)
+            begin = self._begun.find(0, piece.stop)
+        return bytes(self._digests)
 
-    def _make_unsent(self, run: slice) -> None:
+    def _make_unsent(self, cells: range) -> None:
         if self._base is not None:
-            self._copy_base(run)
-            self._digests[run] = _table(self._base.digests[self._index])[run]
+            self._copy_base(cells)
+            digests = self._base.digests[self._index]
+            self._set_digests(cells, digests[cells.start * DIGEST_BYTES : cells.stop * DIGEST_BYTES])
         else:
-            view = self.view(run)
+            view = self.view(cells)
             view[:] = _ZEROS[: len(view)]
-            self._digests[run] = np.frombuffer(_ZERO_DIGEST, np.uint8)
+            self._set_digests(cells, _ZERO_DIGEST * len(cells))
 
-    def _copy_base(self, run: slice) -> None:
+    def _copy_base(self, cells: range) -> None:
         base = self._base
         assert base is not None
-        span = slice(run.start * CELL_BYTES, run.stop * CELL_BYTES)
-        target = self.view(run)
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(base.chunks[self._index][span], np.uint8))
-        digests = base.digests[self._index][run.start * DIGEST_BYTES : run.stop * DIGEST_BYTES]
+        old = base.chunks[self._index][cells.start * CELL_BYTES : cells.stop * CELL_BYTES]
+        target = self.view(cells)
+        np.copyto(
+            np.frombuffer(target, np.uint8), np.frombuffer(old, np.uint8)
+        )  # without the interpreter's lock
+        digests = base.digests[self._index][cells.start * DIGEST_BYTES : cells.stop * DIGEST_BYTES]
         if wrong := mismatches(target, digests):
             raise CorruptImage(
-                f"parity of step {base.step} is damaged", f"{len(wrong)} cells from cell {run.start} on"
+                f"parity of step {base.step} is damaged", f"{len(wrong)} cells from cell {cells.start} on"
             )
-
-
-def _runs(cells: Indices, *states: NDArray[np.bool_]) -> Iterator[tuple[int, slice]]:
-    """(position, run): ascending cells cut into runs of neighbours with equal states."""
-    if not len(cells):
-        return
-    whole = int(cells[-1]) - int(cells[0]) + 1 == len(cells)
-    if whole and all(state.all() or not state.any() for state in states):  # nearly always
-        yield 0, slice(int(cells[0]), int(cells[-1]) + 1)
-        return
-    breaks = np.diff(cells) != 1
-    for state in states:
-        breaks |= np.diff(state)
-    starts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(cells)]
-    for begin, end in itertools.pairwise(starts):
-        yield begin, slice(int(cells[begin]), int(cells[end - 1]) + 1)
-
-
-def _table(digests: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)

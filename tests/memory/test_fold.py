@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from ckptd.erasure import Code
 from ckptd.erasure.stripe import Geometry
 from ckptd.errors import CorruptImage
 from ckptd.image.digest import CELL_BYTES, cell_digests
-from ckptd.memory.change import StripeMap
+from ckptd.memory.change import Run, StripeMap, pieces
 from ckptd.memory.fold import Base, Fold
 
 GROUPS = [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (5, 2), (5, 3)]
@@ -80,11 +81,18 @@ def send(fold: Fold, stripe: int, source: int, first: int, payload: memoryview |
     """Cells `first`.. of a node that sends all its cells, from where its list stands."""
     scratch = memoryview(bytearray(max(len(payload), CELL_BYTES)))
     count = len(payload) // CELL_BYTES
-    cells = np.arange(first, first + count)
-    digests = cell_digests(payload)
-    with fold.taking(stripe, source, first if at < 0 else at, cells, digests, scratch) as room:
+    run = Run(first if at < 0 else at, range(first, first + count), raw=True)
+    fold.take(stripe, source, run, cell_digests(payload), scratch, bringing(payload))
+
+
+def bringing(payload: memoryview | bytes) -> Callable[[memoryview], None]:
+    """Receives this."""
+
+    def receive(room: memoryview) -> None:
         assert len(room) == len(payload)
         room[:] = payload
+
+    return receive
 
 
 @settings(deadline=None, max_examples=25)
@@ -156,11 +164,14 @@ def test_whose_turn_it_is_is_asked_when_the_bytes_are_there() -> None:
     fold, chunks = world.fold()
     for stripe, source, chunk in world.contributions():
         cell, scratch = world.cell(source, chunk, 0), memoryview(bytearray(CELL_BYTES))
-        with fold.taking(stripe, source, 0, np.arange(1), cell_digests(cell), scratch) as old:
+        behind = threading.Thread(target=send, args=(fold, stripe, source, 0, cell))
+
+        def receive(old: memoryview, cell: memoryview = cell, behind: threading.Thread = behind) -> None:
             old[:] = cell
-            behind = threading.Thread(target=send, args=(fold, stripe, source, 0, cell))
             behind.start()
             behind.join(0.02)
+
+        fold.take(stripe, source, Run(0, range(1), raw=True), cell_digests(cell), scratch, receive)
         behind.join(10)
         assert not behind.is_alive()
         send(fold, stripe, source, 1, world.cell(source, chunk, 1))
@@ -246,15 +257,16 @@ def test_bytes_that_did_not_come_whole_count_for_nothing(where: str) -> None:
         in_place = Code(2, 2).is_one(symbol, p)
         if in_place == (where == "in place"):
             scratch = memoryview(bytearray(CELL_BYTES))
-            with (
-                pytest.raises(OSError, match="gone"),
-                fold.taking(stripe, source, 0, np.arange(1), bytes(16), scratch) as room,
-            ):
-                room[:100] = b"x" * 100
-                raise OSError("the peer is gone")
+            with pytest.raises(OSError, match="gone"):
+                fold.take(stripe, source, Run(0, range(1), raw=True), bytes(16), scratch, _half)
             assert fold.next_of(stripe, source) == 0 and not fold.busy
     _complete_two(world, fold)
     assert [bytes(c) for c in chunks] == world.expected()
+
+
+def _half(room: memoryview) -> None:
+    room[:100] = b"x" * 100
+    raise OSError("the peer is gone")
 
 
 def _complete_two(world: World, fold: Fold) -> None:
@@ -294,11 +306,14 @@ def test_a_slot_is_busy_while_bytes_come_in_where_the_parity_lies() -> None:
     fold, _ = world.fold()
     [(stripe, source, chunk)] = world.contributions()
     cell = world.cell(source, chunk, 0)
-    with fold.taking(stripe, source, 0, np.arange(1), cell_digests(cell), memoryview(b"")) as room:
+
+    def receive(room: memoryview) -> None:
         assert fold.busy
         fold.cancel()
         assert fold.busy, "the slot would be given away while it is written"
         room[:] = cell
+
+    fold.take(stripe, source, Run(0, range(1), raw=True), cell_digests(cell), memoryview(b""), receive)
     assert not fold.busy and fold.next_of(stripe, source) == 0
 
 
@@ -356,16 +371,17 @@ def _send_some(fold: Fold, old: World, new: World, key: tuple[int, int, int], at
     """Sends `count` cells of a node's list from `at` on; returns the new position."""
     stripe, source, chunk = key
     of_map = fold.map_of(stripe)
-    cells = np.flatnonzero(of_map.sends[new.geometry.symbol_on(source, stripe)])[at : at + count]
-    payload = bytearray()
-    for cell in cells:
-        now = np.frombuffer(new.cell(source, chunk, int(cell)), np.uint8)
-        before = np.frombuffer(old.cell(source, chunk, int(cell)), np.uint8)
-        payload += bytes(now if of_map.raw[cell] else now ^ before)
-    scratch = memoryview(bytearray(len(payload)))
-    with fold.taking(stripe, source, at, cells, cell_digests(payload), scratch) as room:
-        room[:] = payload
-    return at + len(cells)
+    runs = of_map.runs(new.geometry.symbol_on(source, stripe))
+    end = min(at + count, runs[-1].end if runs else 0)
+    for run in pieces(runs, at, end, limit=2):
+        payload = bytearray()
+        for cell in run.cells:
+            now = np.frombuffer(new.cell(source, chunk, cell), np.uint8)
+            before = np.frombuffer(old.cell(source, chunk, cell), np.uint8)
+            payload += bytes(now if run.raw else now ^ before)
+        scratch = memoryview(bytearray(len(payload)))
+        fold.take(stripe, source, run, cell_digests(payload), scratch, bringing(bytes(payload)))
+    return end
 
 
 @pytest.mark.parametrize("touched", [True, False])
