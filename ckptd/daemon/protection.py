@@ -1,7 +1,7 @@
 """From captured to folded: digests, seal records, contributions out and in.
 
 State is changed on the event loop only.  The threads of the bulk plane move and
-code bytes, and ask the loop (`_on_loop`) for every decision.
+code bytes, and ask the loop (`Bridge`) for every decision.
 """
 
 from __future__ import annotations

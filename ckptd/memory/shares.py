@@ -2,9 +2,9 @@
 
 A replacement that fetched k symbols of everything itself would wait for its own line
 and its own processor; so each survivor decodes a share of every chunk, with the symbol that
-it holds itself and k-1 that it fetches, and the replacement receives only what was lost,
-where it belongs.  What a survivor cannot give is rebuilt the careful way
-(`Rebuild.cells`), where every symbol is looked at and a wrong cell is an erased cell.
+it holds itself and k-1 that it fetches, and the replacement receives only what was lost.
+What a survivor cannot give is rebuilt the careful way (`Rebuild.cells`), where every symbol is
+looked at and a wrong cell is an erased cell.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ class _Collector:
         cells = block[: count * CELL_BYTES]
         connection.receive_into(cells)
         if mismatches(cells, self._digests[at * DIGEST_BYTES : (at + count) * DIGEST_BYTES]):
-            raise CorruptImage("the decoded cells are not those that were sealed")
+            raise CorruptImage(
+                f"chunk {chunk} came with other bytes than were sealed", f"cells from {first} on"
+            )
         self._target.write_cells(at, cells)
         self._rebuild.count(count * CELL_BYTES)
 
