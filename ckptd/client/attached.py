@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckptd.errors import InvalidRequest, StateMismatch
+from ckptd.errors import InvalidRequest, StateMismatch, UnsafeObject
 
 RESERVED = "ckptd"  # our own part of the objects' tree
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -151,6 +151,20 @@ def distinct_modules(attached: Attached) -> list[nn.Module]:
 def has_extra_state(module: nn.Module) -> bool:
     """Whether the module keeps more than its tensors, in the way torch provides for it."""
     return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def take(name: str, give: Callable[[], Any]) -> Any:
+    """Returns a state as its owner's own method gives it.
+
+    Raises:
+        UnsafeObject: the owner fails; the message names it.
+    """
+    try:
+        return give()
+    except _FOREIGN as error:
+        raise UnsafeObject(
+            f"{name} gives no state", f"{type(error).__name__}: {error}", "mend it, or leave it out"
+        ) from error
 
 
 def give_back(name: str, load: Callable[[Any], Any], state: Any) -> None:

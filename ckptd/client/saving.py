@@ -9,7 +9,7 @@ from xxhash import xxh3_128_digest
 
 from ckptd.client import optimizers as optim
 from ckptd.client import targets
-from ckptd.client.attached import RESERVED
+from ckptd.client.attached import RESERVED, take
 from ckptd.client.ranks import Ranks
 from ckptd.client.state import FORMAT
 from ckptd.client.tensors import local_of
@@ -101,7 +101,7 @@ def _hold(found: Universal, rank: int) -> tuple[list[tuple[LocalTensor, torch.Te
     own: dict[str, Any] = {"format": FORMAT, "values": {n: leaf.value for n, leaf in found.leaves.items()}}
     if found.extras:
         own["extra"] = {
-            name: _referenced(extra_path(name), module.get_extra_state(), tensors)
+            name: _referenced(extra_path(name), take(extra_path(name), module.get_extra_state), tensors)
             for name, module in found.extras.items()
         }
     tree: dict[str, Any] = {RESERVED: own}
@@ -118,7 +118,7 @@ def _hold(found: Universal, rank: int) -> tuple[list[tuple[LocalTensor, torch.Te
         other = _referenced(f"{name}.other", optim.other_state(optimizer), tensors)
         tree[name] = {"groups": groups, "state": values, "other": other}
     for name, target in found.attached.objects.items():
-        tree[name] = _referenced(name, target.state_dict(), tensors)
+        tree[name] = _referenced(name, take(name, target.state_dict), tensors)
     held = [_local(name, tensor, rank) for name, tensor in tensors.items()]
     return held, encode(tree)
 

@@ -116,6 +116,16 @@ def main(directory: Path, rank: int, world: int) -> None:
             expected = laid_out(wanted, whole)
             for name in whole:
                 assert torch.equal(into[name].to_local(), expected[name].to_local()), (stored, wanted, name)
+    # One rank's object fails: all hear of it.
+    failing = Own(rank)
+    if rank == 1:
+        failing.state_dict = lambda: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+    try:
+        ckptd.save(str(directory / "failing"), {"own": failing})
+    except CkptdError as error:
+        assert "own gives no state" in str(error)
+    else:
+        raise AssertionError("a state that is not there was saved")
     # One rank cannot save: all hear of it, and there is no checkpoint.
     broken = {"x": torch.nn.Parameter(torch.empty(3, device="meta" if rank == 1 else "cpu"))}
     try:
