@@ -10,9 +10,10 @@ from ckptd.errors import NotFound
 from ckptd.image import DIGEST_BYTES
 from ckptd.image.digest import digest_of_digests
 from ckptd.image.digest_table import HEAD_BYTES, TABLE_SUFFIX, read_table, table_bytes, write_table
-from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, StoredObject
+from ckptd.image.manifest import Manifest, StoredObject
 from ckptd.integrations.streams import VerifiedFile, WrittenFile
-from ckptd.storage.store import AlreadyThere, Store
+from ckptd.storage.manifests import put_manifest, read_manifest
+from ckptd.storage.store import Store
 from ckptd.storage.writing import Digesting
 
 
@@ -75,8 +76,7 @@ def published(store: Store) -> list[str]:
     Raises:
         CorruptCheckpoint: its manifest cannot be used.
     """
-    manifest = Manifest.read(store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
-    return [stored.name for stored in manifest.objects]
+    return [stored.name for stored in read_manifest(store).objects]
 
 
 def publish(draft: Draft, only: Collection[str] | None = None) -> None:
@@ -96,11 +96,4 @@ def publish(draft: Draft, only: Collection[str] | None = None) -> None:
     manifest = Manifest(
         draft.job, draft.generation, draft.step, "files", 1, files, tensors=(), parent=draft.parent
     )
-    data = manifest.write()
-    Manifest.read(data)  # what we cannot read ourselves is never published
-    try:
-        draft.store.put_if_absent(MANIFEST_NAME, data)
-    except AlreadyThere:
-        # The answer to an earlier try of ours may have been lost.
-        if draft.store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) != data:
-            raise
+    put_manifest(draft.store, manifest)

@@ -29,11 +29,12 @@ from fsspec.transaction import Transaction
 from ckptd.errors import InvalidRequest, NotFound
 from ckptd.image import check_name
 from ckptd.image.digest_table import TABLE_SUFFIX
-from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.integrations import drafts
 from ckptd.integrations.lines import generation_for, parent_in
 from ckptd.integrations.streams import VerifiedFile
 from ckptd.storage import catalog, place
+from ckptd.storage.manifests import read_manifest
 from ckptd.storage.reading import Checkpoint
 from ckptd.storage.store import AlreadyThere, open_store
 
@@ -175,8 +176,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """Removes a file of a checkpoint that is being written."""
         where = self._writing(path)
         if where.directory not in self._drafts:
-            why = "files of a checkpoint stay; remove it whole: rm(directory, recursive=True)"
-            raise PermissionError(errno.EPERM, why, path)
+            raise _file_stays(path)
         assert where.file is not None
         drafts.delete(self._drafts[where.directory].store, where.file)
 
@@ -263,8 +263,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         with self._lock:
             if where.directory not in self._opened:
                 store = catalog.find(where.wanted)
-                manifest = Manifest.read(store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
-                self._opened[where.directory] = Checkpoint(store, manifest)
+                self._opened[where.directory] = Checkpoint(store, read_manifest(store))
             return self._opened[where.directory]
 
     # What is written
@@ -317,8 +316,7 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         if where.file is not None:
             stores = [store for store in stores if drafts.published(store) == [where.file]]
             if not stores:
-                why = "files of a checkpoint stay; remove it whole: rm(directory, recursive=True)"
-                raise PermissionError(errno.EPERM, why, where.path)
+                raise _file_stays(where.path)
         for store in stores:
             store.delete(MANIFEST_NAME)  # first: from here on there is no checkpoint
             for name in store.list():
@@ -329,6 +327,11 @@ class CkptdFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         with self._lock:
             self._drafts.pop(directory, None)
             self._opened.pop(directory, None)
+
+
+def _file_stays(path: str) -> PermissionError:
+    why = "files of a checkpoint stay; remove it whole: rm(directory, recursive=True)"
+    return PermissionError(errno.EPERM, why, path)
 
 
 def _index(checkpoint: Checkpoint, name: str) -> int:

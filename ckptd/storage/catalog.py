@@ -14,11 +14,12 @@ from ckptd.errors import (
     InvalidRequest,
     NotFound,
 )
-from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.image.manifest_head import HEAD_BYTES, ManifestHead
 from ckptd.image.names import check_name
 from ckptd.storage import place
 from ckptd.storage.lines import MAX_START_BYTES, Key, Lines, Start
+from ckptd.storage.manifests import read_manifest
 from ckptd.storage.retrying import SILENT
 from ckptd.storage.store import Store, open_store
 
@@ -263,7 +264,7 @@ def why_not(root: Store, entry: Entry) -> str | None:
 
     inside = root.inside(entry.directory)
     try:
-        manifest = Manifest.read(inside.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
+        manifest = read_manifest(inside)
         if manifest.form == "files":
             raise InvalidRequest(FOREIGN)
         if (manifest.step, manifest.generation) != (entry.step, entry.generation):

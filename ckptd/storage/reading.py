@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ckptd.errors import CorruptCheckpoint, CorruptImage, InvalidRequest, NotFound
 from ckptd.image import ImagePlan, Variable, decode, header
 from ckptd.image.digest_table import BLOCK_BYTES, TABLE_SUFFIX, read_table, table_bytes
-from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, StoredObject, StoredTensor
+from ckptd.image.manifest import MANIFEST_NAME, Manifest, StoredObject, StoredTensor
 from ckptd.image.plan import DTYPE_BITS
 from ckptd.image.variable import read_tail
 from ckptd.layout import boxes
@@ -29,6 +29,7 @@ from ckptd.layout.tiles import Tiles
 from ckptd.storage import catalog, compression, place, transfer
 from ckptd.storage.cache import BlockCache
 from ckptd.storage.fetch import read_verified
+from ckptd.storage.manifests import read_manifest
 from ckptd.storage.salvage import Salvage
 from ckptd.storage.store import Reader, Store, open_store
 
@@ -62,14 +63,14 @@ def open_checkpoint(url: str, *, wrap: Wrap | None = None) -> Checkpoint:
     wanted = place.parse(url)
     store = open_store(wanted) if isinstance(wanted, str) else catalog.find(wanted)
     try:
-        data = store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        manifest = read_manifest(store)
     except NotFound as error:
         raise NotFound(
             f"there is no checkpoint at {url}",
             f"{store.url} has no {MANIFEST_NAME}",
             "ckptd ls shows what there is",
         ) from error
-    return Checkpoint(store, Manifest.read(data), wrap)
+    return Checkpoint(store, manifest, wrap)
 
 
 @dataclass(frozen=True)

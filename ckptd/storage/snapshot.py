@@ -19,9 +19,10 @@ from typing import Final
 
 from ckptd.errors import CkptdError, CorruptImage, NotFound
 from ckptd.image.digest import digest_of_digests, mismatches
-from ckptd.image.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ckptd.image.manifest import MANIFEST_NAME
 from ckptd.storage import catalog, place, shares
 from ckptd.storage.describe import tensors_of_image
+from ckptd.storage.manifests import read_manifest
 from ckptd.storage.parts import Part
 from ckptd.storage.store import AlreadyThere, Store
 from ckptd.storage.writing import Heading, publish, write_image, write_share
@@ -91,8 +92,7 @@ def is_there(store: Store, offered: Sequence[Offered]) -> bool:
     """
     if not is_published(store):
         return False
-    manifest = Manifest.read(store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
-    roots = {stored.rank: stored.root for stored in manifest.objects} | shares.roots(store)
+    roots = {stored.rank: stored.root for stored in read_manifest(store).objects} | shares.roots(store)
     for each in offered:
         if roots.get(each.part.rank) != each.part.root:
             raise AlreadyThere(

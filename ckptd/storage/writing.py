@@ -22,7 +22,6 @@ from ckptd.image.digest import digest_of_digests
 from ckptd.image.digest_table import TABLE_SUFFIX, read_table, table_bytes, write_table
 from ckptd.image.manifest import (
     MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
     Manifest,
     Packed,
     StoredLayout,
@@ -31,6 +30,7 @@ from ckptd.image.manifest import (
 from ckptd.image.variable import read_variable, write_variable
 from ckptd.storage import catalog, compression, place
 from ckptd.storage.assemble import Table, table
+from ckptd.storage.manifests import put_manifest
 from ckptd.storage.parts import LocalTensor, Part
 from ckptd.storage.store import AlreadyThere, Store, open_store
 
@@ -215,14 +215,7 @@ def publish(store: Store, heading: Heading, parts: Sequence[Part]) -> Manifest:
     for part in parts:
         check_in_place(store, part)
     manifest = manifest_of(heading, parts, made)
-    data = manifest.write()
-    Manifest.read(data)  # what we cannot read ourselves is never published
-    try:
-        store.put_if_absent(MANIFEST_NAME, data)
-    except AlreadyThere:
-        # The answer to an earlier try of ours may have been lost.
-        if store.read(MANIFEST_NAME, MAX_MANIFEST_BYTES) != data:
-            raise
+    put_manifest(store, manifest)
     return manifest
 
 
