@@ -148,9 +148,15 @@ def distinct_modules(attached: Attached) -> list[nn.Module]:
     return found
 
 
-def has_extra_state(module: nn.Module) -> bool:
-    """Whether the module keeps more than its tensors, in the way torch provides for it."""
-    return type(module).get_extra_state is not nn.Module.get_extra_state
+def with_extra_state(attached: Attached) -> list[tuple[str, nn.Module]]:
+    """Returns the modules that keep more than their tensors, in the way torch provides for it, by name."""
+    plain = nn.Module.get_extra_state
+    return [(n, module) for n, module in named_modules(attached) if type(module).get_extra_state is not plain]
+
+
+def extra_path(*names: str) -> str:
+    """Returns what a module's extra state is called; `names` make the module's, and may be empty."""
+    return ".".join(filter(None, (*names, "extra_state")))
 
 
 def take(name: str, give: Callable[[], Any]) -> Any:

@@ -11,10 +11,10 @@ import torch
 
 from ckptd.client import optimizers as optim
 from ckptd.client import settings, targets
-from ckptd.client.attached import RESERVED, give_back
+from ckptd.client.attached import RESERVED, extra_path, give_back
 from ckptd.client.matching import Allowed, Match, States, match
 from ckptd.client.tensors import DTYPES
-from ckptd.client.universal_state import Universal, assign, extra_path, owned_by, take_apart
+from ckptd.client.universal_state import Universal, assign, owned_by, take_apart
 from ckptd.errors import StateMismatch
 from ckptd.image import TensorRef
 from ckptd.storage.assemble import own_name

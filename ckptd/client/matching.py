@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,19 +11,19 @@ import torch
 
 from ckptd.client import optimizers as optim
 from ckptd.client import targets
-from ckptd.client.attached import RESERVED
+from ckptd.client.attached import RESERVED, extra_path
 from ckptd.client.targets import Described
 from ckptd.client.tensors import DTYPES, is_dtensor
-from ckptd.client.universal_state import Universal, extra_path, owned_by
+from ckptd.client.universal_state import Universal, owned_by
 from ckptd.errors import CorruptCheckpoint, StateMismatch
 from ckptd.image import TensorRef
 from ckptd.image.manifest import StoredTensor
+from ckptd.storage.assemble import common_name
 from ckptd.storage.reading import Checkpoint
 
 Allowed = bool | Iterable[str]  # all, none, or those that match one of these patterns
 States = dict[Any, dict[str, Any]]  # of one optimizer, by parameter
 _NAMED_AT_MOST: Final = 5
-_OF_RANK: Final = re.compile(r"@[0-9]+$")  # `assemble.own_name`
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def match(
     there = {name for name in (*stored, *values, *kept) if name.startswith(prefix)}
     # What a tree refers to is nobody's tensor; an extra state may be a tensor alone, and has its name.
     referred = _of_objects(found, tree) - kept.keys()
-    surplus = {name for name in there - here if _OF_RANK.sub("", name) not in referred}
+    surplus = {name for name in there - here if common_name(name) not in referred}
     missing, unexpected = sorted(here - there), sorted(surplus)
     if strict:
         refused = [n for n in missing if not _allowed(n, allow_missing)]

@@ -16,7 +16,7 @@ import torch
 
 from ckptd.client import optimizers as optim
 from ckptd.client.arena import tensor_at
-from ckptd.client.attached import RESERVED, give_back, has_extra_state, named_modules
+from ckptd.client.attached import RESERVED, extra_path, give_back, with_extra_state
 from ckptd.client.capture import Origin
 from ckptd.client.random_state import restore_random
 from ckptd.client.state import FORMAT, STATIC, Survey
@@ -198,7 +198,7 @@ def _check_optimizers(stored: _Stored, survey: Survey) -> None:
 
 def _check_objects(stored: _Stored, survey: Survey) -> None:
     _same_names("objects", stored.static["objects"], survey.attached.objects)
-    live = [name for name, module in named_modules(survey.attached) if has_extra_state(module)]
+    live = [name for name, _ in with_extra_state(survey.attached)]
     _same_names("extra states of modules", stored.tree[RESERVED].get("extra", {}), live)
 
 
@@ -258,9 +258,8 @@ def _state_tensor(
 
 def _load_objects(stored: _Stored, survey: Survey) -> None:
     extras = stored.tree[RESERVED].get("extra", {})
-    for name, module in named_modules(survey.attached):
-        if name in extras:
-            give_back(f"{name}.extra_state", module.set_extra_state, stored.values(extras[name]))
+    for name, module in with_extra_state(survey.attached):
+        give_back(extra_path(name), module.set_extra_state, stored.values(extras[name]))
     for name, target in survey.attached.objects.items():
         live = target.state_dict()
         state = stored.values(stored.tree[name], live)

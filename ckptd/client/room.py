@@ -42,7 +42,7 @@ class Room:
         """The plan of the arena, as a daemon that comes back is told of it; None without an arena."""
         if self._plan is None or self.arena is None:
             return None
-        return local_pb2.Plan(plan_hash=self._plan.plan_hash, image_bytes=self._plan.image_bytes)
+        return _message(self._plan)
 
     def renew(self) -> None:
         """Makes survey, plan and arena fit the live state; there may be no arena afterwards.
@@ -115,11 +115,10 @@ class Room:
         """
         self._capture.finish(time.monotonic() + self._timeout_s)
         self.let_go()
-        message = local_pb2.Plan(plan_hash=plan.plan_hash, image_bytes=plan.image_bytes)
         first, self._refused = self._plan is None, False
         try:
             arrival = self._link.request(
-                local_pb2.TrainerMessage(plan=message), "arena_ready", self._timeout_s
+                local_pb2.TrainerMessage(plan=_message(plan)), "arena_ready", self._timeout_s
             )
         except errors.NoSpace as error:
             if first:
@@ -145,6 +144,10 @@ class Room:
         self.arena = Arena(arrival.fd, plan, ready.slots, ready.slot_bytes)
         self._link.view.forget_grants()
         self._capture.bind(self._survey, self.arena)
+
+
+def _message(plan: ImagePlan) -> local_pb2.Plan:
+    return local_pb2.Plan(plan_hash=plan.plan_hash, image_bytes=plan.image_bytes)
 
 
 def _same_geometry(plan: ImagePlan, known: ImagePlan, tree: Tree) -> bool:

@@ -9,11 +9,11 @@ from xxhash import xxh3_128_digest
 
 from ckptd.client import optimizers as optim
 from ckptd.client import targets
-from ckptd.client.attached import RESERVED, take
+from ckptd.client.attached import RESERVED, extra_path, take
 from ckptd.client.ranks import Ranks
 from ckptd.client.state import FORMAT
 from ckptd.client.tensors import local_of
-from ckptd.client.universal_state import Universal, extra_path, take_apart
+from ckptd.client.universal_state import Universal, take_apart
 from ckptd.errors import InvalidRequest
 from ckptd.image import TensorRef, Variable, encode
 from ckptd.image.manifest import Manifest, StoredLayout

@@ -25,10 +25,10 @@ from ckptd.client.attached import (
     RESERVED,
     Attached,
     distinct_modules,
-    has_extra_state,
-    named_modules,
+    extra_path,
     reshard,
     tensors_of,
+    with_extra_state,
 )
 from ckptd.client.device import ORDERED_DEVICES
 from ckptd.client.random_state import capture_random
@@ -103,7 +103,7 @@ class Survey:
             optim.other_values(state) for o in attached.optimizers.values() for state in _dicts(o)
         )
         self._has_others = any(optim.other_state(o) for o in attached.optimizers.values())
-        self._with_extra = [(n, module) for n, module in named_modules(attached) if has_extra_state(module)]
+        self._with_extra = with_extra_state(attached)
         # A tensor of its own, not a part of the tree: it is encoded once, and its bytes stay unchanged.
         static = torch.frombuffer(bytearray(encode(self._static())), dtype=torch.uint8)
         self.entries[STATIC] = Entry(STATIC, static, quiescent=False)
@@ -126,9 +126,7 @@ class Survey:
         walk = _Extraction(self._by_storage)
         tree: dict[str, Any] = {RESERVED: {"format": FORMAT, "random": capture_random()}}
         for name, module in self._with_extra:
-            tree[RESERVED].setdefault("extra", {})[name] = walk(
-                f"{name}.extra_state", module.get_extra_state()
-            )
+            tree[RESERVED].setdefault("extra", {})[name] = walk(extra_path(name), module.get_extra_state())
         for name, optimizer in self.attached.optimizers.items():
             tree[name] = {
                 "groups": walk(f"{name}.groups", optim.settings_of(optimizer)),

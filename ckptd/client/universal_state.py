@@ -21,10 +21,9 @@ from ckptd.client.attached import (
     Attached,
     GeneratorState,
     Stateful,
-    has_extra_state,
-    named_modules,
     reshard,
     tensors_of,
+    with_extra_state,
 )
 from ckptd.client.tensors import is_tensor
 from ckptd.errors import InvalidRequest
@@ -135,19 +134,13 @@ def _name_modules(found: Universal) -> None:
         found.add(name, held.tensor)
         if held.is_parameter:
             names.setdefault(id(held.tensor), name)
-    for name, module in named_modules(found.attached):
-        if has_extra_state(module):
-            found.extras[name.removeprefix(_LONE).removeprefix(".") if found.lone else name] = module
+    for name, module in with_extra_state(found.attached):
+        found.extras[name.removeprefix(_LONE).removeprefix(".") if found.lone else name] = module
     for name, optimizer in found.attached.optimizers.items():
         found.groups[name] = optim.parameters_of(name, optimizer, names)
         for owned in (parameter for group in found.groups[name] for parameter in group):
             if owned.loose:
                 found.add(owned.name, owned.parameter)
-
-
-def extra_path(*names: str) -> str:
-    """Returns what a module's extra state is called; `names` make the module's, and may be empty."""
-    return ".".join(filter(None, (*names, "extra_state")))
 
 
 def owned_by(found: Universal, optimizer: str) -> dict[str, optim.OwnedParameter]:

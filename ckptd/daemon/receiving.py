@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,15 +19,14 @@ from ckptd.daemon.settings import DaemonSettings
 from ckptd.errors import CkptdError, CorruptImage, InvalidRequest, ProtocolMismatch
 from ckptd.failpoints import failpoint
 from ckptd.image.digest import CELL_BYTES, DIGEST_BYTES, mismatches
-from ckptd.memory.bulk import BLOCK_BYTES, BLOCK_CELLS, Connection
+from ckptd.memory.bulk import BLOCK_CELLS, Connection
 from ckptd.memory.change import Run, StripeMap, can_be_base, pieces, stripe_map, worthwhile
 from ckptd.memory.fold import Base, Fold
 from ckptd.memory.holding import Holding, chunk_cells, node_bytes, node_digests, seal_fault
+from ckptd.memory.scratch import blocks
 from ckptd.v1 import bulk_pb2
 
 log = logging.getLogger("ckptd.protection")
-
-_scratch = threading.local()
 
 
 class _Damaged(CorruptImage):
@@ -139,12 +137,10 @@ class Receiving:
             raise InvalidRequest(f"{len(told)} bytes of digests", f"expected {count * DIGEST_BYTES}")
         for run in runs:
             if ticket.fold.cancelled:
-                # The peer will hear of it; what it has begun to send has to be taken.
-                connection.receive_into(_block()[: len(run.cells) * CELL_BYTES])
+                _discard(connection, run)  # the peer will hear of it
             elif run.raw:
-                self._take_run(
-                    connection, ticket, run, _part(ticket.digests, run.cells.start, run.cells.stop)
-                )
+                digests = _part(ticket.digests, run.cells.start, run.cells.stop)
+                self._take_run(connection, ticket, run, digests)
             else:
                 self._take_run(connection, ticket, run, _part(told, run.first - first, run.end - first))
 
@@ -161,14 +157,14 @@ class Receiving:
                 raise _Damaged(f"cells of step {ticket.holding.step} changed on their way")
 
         try:
-            ticket.fold.take(ticket.stripe, ticket.node, run, digests, _block(), receive)
+            ticket.fold.take(ticket.stripe, ticket.node, run, digests, blocks(1)[0], receive)
         except ValueError as error:
             if not ticket.fold.cancelled:
                 raise InvalidRequest(
                     f"contribution to step {ticket.holding.step} refused", str(error)
                 ) from error
             if not received:
-                connection.receive_into(_block()[: len(run.cells) * CELL_BYTES])
+                _discard(connection, run)
         except _Damaged:
             raise
         except CorruptImage as error:  # our own base
@@ -348,12 +344,9 @@ def _newest_older(job: Job, holding: Holding) -> Holding | None:
     return max(older, key=lambda h: h.step, default=None)
 
 
-def _block() -> memoryview:
-    """This thread's receive buffer; its pages are touched once, and it stays in the cache."""
-    if not hasattr(_scratch, "block"):
-        _scratch.block = memoryview(bytearray(BLOCK_BYTES))
-    block: memoryview = _scratch.block
-    return block
+def _discard(connection: Connection, run: Run) -> None:
+    """Takes cells that nobody wants any more: a peer has begun to send them."""
+    connection.receive_into(blocks(1)[0][: len(run.cells) * CELL_BYTES])
 
 
 def _part(digests: bytes, first: int, end: int) -> bytes:

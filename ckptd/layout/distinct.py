@@ -21,9 +21,7 @@ def numbered(values: NDArray[S]) -> tuple[NDArray[S], NDArray[np.intp], NDArray[
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     first = _first(ordered)
-    number = np.empty(len(values), np.intp)
-    number[order] = np.cumsum(first) - 1
-    return ordered[first], order[first], number
+    return ordered[first], order[first], _numbers(order, first)
 
 
 def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp], NDArray[np.intp]]:
@@ -32,12 +30,16 @@ def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp], N
     ordered = rows[order]
     first = np.ones(len(rows), bool)
     first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    number = np.empty(len(rows), np.intp)
-    number[order] = np.cumsum(first) - 1
-    return ordered[first], order[first], number
+    return ordered[first], order[first], _numbers(order, first)
 
 
 def _first(ordered: NDArray[Any]) -> NDArray[np.bool_]:
     first = np.ones(len(ordered), np.bool_)
     first[1:] = ordered[1:] != ordered[:-1]
     return first
+
+
+def _numbers(order: NDArray[np.intp], first: NDArray[np.bool_]) -> NDArray[np.intp]:
+    number = np.empty(len(order), np.intp)
+    number[order] = np.cumsum(first) - 1
+    return number

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ckptd.layout.tiles import Tiles
 from ckptd.storage.parts import LocalTensor, Part
 
 Held = tuple[int, LocalTensor]  # place (index of the object, or rank), and what lies there
+_OF_RANK: Final = re.compile(r"@[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ def writers(tables: Sequence[Sequence[LocalTensor]]) -> list[set[str]]:
 def own_name(name: str, rank: int) -> str:
     """Returns what a rank's tensor is called that has another shape or dtype than the first one."""
     return f"{name}@{rank}"
+
+
+def common_name(name: str) -> str:
+    """Returns what the first one of a rank's own tensor is called (`own_name`); of any other, its name."""
+    return _OF_RANK.sub("", name)
 
 
 def _by_name(parts: Sequence[Part]) -> dict[str, list[Held]]:
